@@ -1,0 +1,263 @@
+"""Ops as ``torch.library`` operators: what makes them trace, export, save, load and differentiate.
+
+``torch.ops.kreg.<op>(..., kernel=name)`` computes the op with the named kernel; with ``kernel=""`` by the
+reference. A name that ends in ``?`` asks for the kernel's constraints to be checked at the call, and for the
+reference where they do not hold. The name is part of the graph, so a saved program says what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from kreg.errors import SpecError
+from kreg.registry.constraints import Constraint
+from kreg.registry.op import Op
+
+log = logging.getLogger("kreg")
+
+_library = torch.library.Library("kreg", "DEF")
+_defined: dict[str, Op] = {}
+
+fallbacks: Counter[tuple[str, str]] = Counter()
+"""Calls answered by the reference instead of their kernel, by (kernel, reason)."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel made callable: its functions, and the constraints to hold at each call."""
+
+    name: str
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    backward: Callable[..., Mapping[str, torch.Tensor]] | None = None
+    checks: tuple[Constraint, ...] = ()
+
+
+def define(op: Op) -> None:
+    """Register ``op`` as ``torch.ops.kreg.<name>``, with its fake rule and gradient.
+
+    Raises:
+        SpecError: the schema is malformed, or another op has the name.
+    """
+    known = _defined.get(op.name)
+    if known is op:
+        return
+    if known is not None:
+        raise SpecError(f"op {op.name!r} is defined already: {known.summary!r}; choose another name")
+    _ = op.parsed
+    _library.define(f"{op.name}{_with_kernel(op.schema)}")
+    _library.define(f"{op.name}_backward{_backward_schema(op)}")
+    qualified = f"kreg::{op.name}"
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return _call(op, bind(op, args, kwargs))
+
+    def backward(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        return _call_backward(op, *args, **kwargs)
+
+    def fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        kwargs.pop("kernel", None)
+        return op.fake(*args, **kwargs)
+
+    def fake_backward(
+        grads: list[Any], tensors: list[Any], outputs: list[Any], needs: list[bool], **rest: Any
+    ) -> list[torch.Tensor]:
+        return [_gradient_slot(outputs[0], t, need) for t, need in zip(tensors, needs, strict=True)]
+
+    _library.impl(op.name, forward, "CompositeExplicitAutograd")
+    _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(f"{qualified}_backward", fake_backward, lib=_library)
+    if op.differentiable:
+        torch.library.register_autograd(qualified, _gradient(op), setup_context=_save(op), lib=_library)
+    _defined[op.name] = op
+
+
+def bind(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults filled in; "kernel" is kept if it was given."""
+    return {**op.defaults, **dict(zip(op.arguments, args, strict=False)), **kwargs}
+
+
+def overload(op: Op) -> torch._ops.OpOverload:
+    """The operator to put into a graph."""
+    define(op)
+    found: torch._ops.OpOverload = getattr(torch.ops.kreg, op.name).default
+    return found
+
+
+def op_of(target: object) -> Op | None:
+    """The op that a graph node's target calls, or None."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "kreg":
+        return _defined.get(target._schema.name.removeprefix("kreg::"))
+    return None
+
+
+@cache
+def resolve(op_name: str, kernel: str) -> Kernel:
+    """The functions behind a kernel name; "" and kernels that cannot be had here give the reference."""
+    op = _defined[op_name]
+    name, checked = kernel.removesuffix("?"), kernel.endswith("?")
+    if not name:
+        return Kernel("", op.reference)
+    from kreg.registry.catalogue import catalogue
+
+    spec = catalogue().kernel(name)
+    try:
+        entry, backward = spec.entry_point(), spec.backward_point()
+    except (ImportError, SpecError) as error:
+        log.warning("kernel %s cannot be had here (%s): the reference computes %s", name, error, op_name)
+        fallbacks[name, f"not importable: {error}"] += 1
+        return Kernel("", op.reference)
+    names = facts_names(op)
+    checks = tuple(Constraint.parse(text, names) for text in spec.constraints) if checked else ()
+    return Kernel(name, entry, backward, checks)
+
+
+def facts_names(op: Op) -> tuple[str, ...]:
+    """The names that constraints on this op may use: dimensions, attributes, and has_<optional tensor>."""
+    dims = {dim.removeprefix("1|") for names in op.tensors.values() for dim in names.split()}
+    return (*sorted(dims), *op.attributes, *(f"has_{name}" for name in op.optional))
+
+
+def call_facts(op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `facts_names` in one call."""
+    facts = op.dims(arguments) | {name: arguments[name] for name in op.attributes}
+    return facts | {f"has_{name}": arguments.get(name) is not None for name in op.optional}
+
+
+def _call(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    kernel = resolve(op.name, arguments.pop("kernel", ""))
+    if kernel.checks:
+        kernel = _checked(op, kernel, arguments)
+    return kernel.forward(**arguments)
+
+
+def _checked(op: Op, kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:
+    facts = call_facts(op, arguments)
+    for check in kernel.checks:
+        if not check.holds(facts):
+            fallbacks[kernel.name, check.explain(facts)] += 1
+            return resolve(op.name, "")
+    return kernel
+
+
+def _call_backward(
+    op: Op,
+    grads: list[torch.Tensor | None],
+    tensors: list[torch.Tensor | None],
+    outputs: list[torch.Tensor],
+    needs: list[bool],
+    *,
+    kernel: str,
+    **attributes: Any,
+) -> list[torch.Tensor]:
+    arguments = dict(zip(op.tensors, tensors, strict=True)) | attributes
+    needed = frozenset(name for name, need in zip(op.tensors, needs, strict=True) if need)
+    chosen = resolve(op.name, kernel)
+    if chosen.checks:
+        chosen = _checked(op, chosen, arguments)
+    run = chosen.backward or _recompute(chosen.forward)
+    found = run(tuple(grads), tuple(outputs), needed, **arguments)
+    return [
+        found[name].to(tensor.dtype).contiguous() if name in needed and tensor is not None else outputs[0].new_empty(0)
+        for name, tensor in arguments.items()
+        if name in op.tensors
+    ]
+
+
+def _recompute(forward: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """The gradient of a kernel that has no backward of its own: run it again, under autograd."""
+
+    def backward(
+        grads: tuple[torch.Tensor | None, ...],
+        outputs: tuple[torch.Tensor, ...],
+        needs: frozenset[str],
+        **arguments: Any,
+    ) -> dict[str, torch.Tensor]:
+        with torch.enable_grad():
+            leaves = {name: arguments[name].detach().requires_grad_() for name in sorted(needs)}
+            results = forward(**(arguments | leaves))
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+            if not pairs:
+                return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            found = torch.autograd.grad(
+                [r for r, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
+            )
+        return {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+
+    return backward
+
+
+def _save(op: Op) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        arguments = bind(op, inputs, keyword_only_inputs)
+        tensors = [arguments.get(name) for name in op.tensors]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.attributes = {name: arguments[name] for name in op.attributes}
+        ctx.kernel = arguments.get("kernel", "")
+        ctx.set_materialize_grads(False)
+
+    return setup_context
+
+
+def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    run = getattr(torch.ops.kreg, f"{op.name}_backward").default
+    count = len(op.tensors)
+    positional = [a.name for a in op.parsed.arguments if not a.kwarg_only]
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        tensors, outputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
+        needs = [name in op.differentiable and bool(wanted.get(name)) for name in op.tensors]
+        if not any(needs) or all(g is None for g in grads):
+            return tuple(None for _ in positional)
+        found = run(list(grads), list(tensors), list(outputs), needs, **ctx.attributes, kernel=ctx.kernel)
+        by_name = {name: g for name, g, need in zip(op.tensors, found, needs, strict=True) if need}
+        return tuple(by_name.get(name) for name in positional)
+
+    return backward
+
+
+def _gradient_slot(like: torch.Tensor, tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:
+    if not needed or tensor is None:
+        return like.new_empty(0)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _with_kernel(schema: str) -> str:
+    head, arrow, results = schema.rpartition("->")
+    body = head.rstrip().removesuffix(")").rstrip().removesuffix(",")
+    star = "" if "*," in body else " *,"
+    return f'{body},{star} str kernel="") {arrow}{results}'
+
+
+_SCHEMA_TYPES = {
+    "int": "SymInt",  # sizes may be symbolic, whatever the forward schema says
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "List[int]": "SymInt[]",
+    "List[float]": "float[]",
+    "List[bool]": "bool[]",
+}
+
+
+def _backward_schema(op: Op) -> str:
+    kinds = {a.name: a.type.annotation_str for a in op.parsed.arguments}
+    unknown = [name for name in op.attributes if kinds[name] not in _SCHEMA_TYPES]
+    if unknown:
+        raise SpecError(
+            f"op {op.name!r}: attribute {unknown[0]!r} has type {kinds[unknown[0]]}; "
+            f"attributes may be {', '.join(_SCHEMA_TYPES)}, and tensors must be listed in `tensors`"
+        )
+    attributes = "".join(f"{_SCHEMA_TYPES[kinds[name]]} {name}, " for name in op.attributes)
+    return f"(Tensor?[] grads, Tensor?[] tensors, Tensor[] outputs, bool[] needs, *, {attributes}str kernel) -> Tensor[]"

@@ -1,0 +1,1 @@
+"""Find and replace: capture a graph, raise its sites to ops, plan, lower, verify, report."""

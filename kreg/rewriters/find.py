@@ -1,0 +1,95 @@
+"""Finding sites: every rule at every anchor, on a graph that is only read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from kreg.rewriters import notation as n
+from kreg.rewriters.lift import Lifter
+from kreg.rewriters.rules import RULES, Context, Rule
+from kreg.rewriters.site import NearMiss, Refused, Site
+
+log = logging.getLogger("kreg")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is in a graph."""
+
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
+
+
+def find(graph: Graph, rules: Sequence[Rule] | None = None) -> Findings:
+    """The sites of a graph, and the anchors that are none, with the obligation that failed."""
+    rules = RULES if rules is None else rules
+    sites: list[Site] = []
+    misses: list[NearMiss] = []
+    producers: dict[Node, Site] = {}
+    with n.sizes_within(_ranges(graph)):
+        for group in _by_anchor(rules):
+            context = Context(Lifter(producers), dict(producers))
+            for node in graph.nodes:
+                if node.op != "call_function" or not group[0].is_anchor(node):
+                    continue
+                outcome = _first(context, group, node)
+                if isinstance(outcome, Site):
+                    sites.append(outcome)
+                else:
+                    misses.append(outcome)
+            producers |= {output.node: site for site in sites for output in site.outputs}
+    return Findings(tuple(sites), tuple(misses))
+
+
+def _by_anchor(rules: Sequence[Rule]) -> list[list[Rule]]:
+    """Rules that share an anchor compete for it in order; groups run one after the other."""
+    groups: list[list[Rule]] = []
+    for rule in rules:
+        if groups and groups[-1][0].is_anchor is rule.is_anchor:
+            groups[-1].append(rule)
+        else:
+            groups.append([rule])
+    return groups
+
+
+def _first(context: Context, rules: Sequence[Rule], node: Node) -> Site | NearMiss:
+    miss: NearMiss | None = None
+    for rule in rules:
+        try:
+            return rule.find(context, node)
+        except Refused as refusal:
+            miss = NearMiss(rule.op.name, node, refusal.reason, refusal.node)
+        except Exception as error:  # a rule that breaks must not take the model with it
+            log.debug("rule %s failed at %s", rule.op.name, node, exc_info=True)
+            miss = NearMiss(rule.op.name, node, f"the rule itself failed: {type(error).__name__}: {error}")
+    assert miss is not None
+    return miss
+
+
+def _ranges(graph: Graph) -> n.SizeRange:
+    """The ranges that capture proved for symbolic sizes, from the graph's own shape environment."""
+    environment = None
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(s, torch.SymInt):
+                environment = s.node.shape_env
+                break
+        if environment is not None:
+            break
+
+    def ranges(size: sympy.Expr) -> tuple[int, int | None]:
+        if environment is None:
+            return 0, None
+        bounds = environment.bound_sympy(size)
+        low = int(bounds.lower) if bounds.lower.is_Integer else 0
+        high = int(bounds.upper) if bounds.upper.is_Integer else None
+        return low, high if high is None or high < 2**62 else None
+
+    return ranges

@@ -1,0 +1,79 @@
+"""One dialect for both front ends: functional, pre-dispatch ATen that autograd still differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch.fx import GraphModule, Node
+
+from kreg.rewriters.graph import aten
+
+
+def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
+    """The module without mutation, parameters and buffers as inputs, and the signature of its new graph.
+
+    Args:
+        module: a graph from ``torch.export`` or Dynamo.
+        inputs: fake tensors, SymInts and constants, one for each of its inputs.
+    """
+    graph_module, signature = aot_export_module(module, list(inputs), trace_joint=False, pre_dispatch=True)
+    normalize(graph_module)
+    trace_gradients(graph_module, inputs)
+    return graph_module, signature
+
+
+def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Marks the nodes through which gradients flow (``meta["trains"]``), from the inputs that require one."""
+    given = iter(inputs)
+    enabled = torch.is_grad_enabled()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            trains = bool(getattr(next(given, None), "requires_grad", False))
+        elif node.target is torch._C._set_grad_enabled:
+            enabled, trains = node.args[0], False
+        else:
+            trains = enabled and any(source.meta["trains"] for source in node.all_input_nodes)
+            trains = trains and _carries_gradient(node.meta.get("val"))
+        node.meta["trains"] = trains
+
+
+def _carries_gradient(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype.is_floating_point or value.dtype.is_complex
+    return isinstance(value, (tuple, list)) and any(_carries_gradient(v) for v in value)
+
+
+def normalize(module: GraphModule) -> None:
+    """Drops what has no meaning for a rule (metadata assertions, dropout that is off, dead nodes), and gives copies a derivative."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.copy.default:
+            _differentiable_copy(node)
+        elif node.target is aten.dropout.default and (node.args[1] == 0.0 or not node.args[2]):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _differentiable_copy(node: Node) -> None:
+    """``copy(dst, src)`` has no derivative; the value it is, src broadcast to dst's shape and dtype, has one."""
+    destination, source = node.args[:2]
+    assert isinstance(destination, Node) and isinstance(source, Node)
+    graph = node.graph
+    with graph.inserting_before(node):
+        new = source
+        if source.meta["val"].shape != destination.meta["val"].shape:
+            new = graph.call_function(aten.expand_as.default, (source, destination))
+            new.meta = dict(node.meta)
+            new.meta["val"] = source.meta["val"].expand(destination.meta["val"].shape)
+        if source.meta["val"].dtype != destination.meta["val"].dtype:
+            new = graph.call_function(aten.to.dtype, (new, destination.meta["val"].dtype))
+            new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)

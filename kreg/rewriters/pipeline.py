@@ -1,0 +1,193 @@
+"""The line from a captured graph to a rewritten one: find, raise, plan, verify, lower, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from torch.fx import GraphModule
+
+from kreg.registry.catalogue import catalogue
+from kreg.registry.environment import Environment
+from kreg.registry.plan import Plan, SiteFacts, make_plan
+from kreg.rewriters import verify as verification
+from kreg.rewriters.facts import facts_of, op_nodes
+from kreg.rewriters.find import Findings, find
+from kreg.rewriters.lowering import kernel_name, lower
+from kreg.rewriters.raising import Raised, raise_sites
+from kreg.rewriters.report import Alternative, NearMissReport, Report, Seconds, SiteReport
+from kreg.rewriters.site import Site
+
+Progress = Callable[[str], None]
+
+
+def quiet(step: str) -> None:
+    """Progress that nobody listens to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user asked of a rewrite.
+
+    Attributes:
+        environment: the device, and what is installed.
+        enable, disable: kernels by name or pattern.
+        verify: whether sites are run old against new.
+        portable: keep op nodes without kernels, also where no kernel is usable here.
+        dry_run: plan only.
+        progress: called with a short sentence as each stage starts.
+    """
+
+    environment: Environment
+    enable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    verify: bool = True
+    portable: bool = False
+    dry_run: bool = False
+    progress: Progress = quiet
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph and the account of it."""
+
+    module: GraphModule
+    report: Report
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> Seconds:
+        """The report's form."""
+        return Seconds.model_validate(self.spent)
+
+
+def rewrite_graph(
+    module: GraphModule, settings: Settings, *, model: str, frontend: str, clock: Clock
+) -> Rewritten:
+    """Finds the sites of a captured graph, gives each a kernel, and replaces those that hold up."""
+    settings.progress("finding sites")
+    with clock.stage("raise"):
+        findings = find(module.graph)
+        raised = raise_sites(module, findings.sites)
+    settings.progress(f"planning {len(findings.sites)} sites for {settings.environment.device}")
+    with clock.stage("plan"):
+        facts = {node.id: node for node in (facts_of(n, op) for n, op in op_nodes(raised.module.graph))}
+        plan = make_plan(
+            list(facts.values()),
+            catalogue(),
+            settings.environment,
+            enable=settings.enable,
+            disable=settings.disable,
+        )
+    outcomes = _verify(module, findings, facts, plan, settings, clock)
+    kept = [site for site in findings.sites if _holds(site, plan, outcomes, settings)]
+    with clock.stage("lower"):
+        if len(kept) != len(findings.sites):
+            raised = raise_sites(module, [] if settings.dry_run else kept)
+        lowered = raised.module if settings.portable else lower(raised.module, plan)
+    report = Report(
+        model=model,
+        device=settings.environment.device,
+        frontend=frontend,  # type: ignore[arg-type]
+        nodes=len(module.graph.nodes),
+        sites=tuple(
+            _site_report(site, facts.get(site.id), plan, outcomes, raised, settings) for site in findings.sites
+        ),
+        near_misses=tuple(NearMissReport(**miss.to_json()) for miss in findings.near_misses),
+        seconds=clock.seconds(),
+        dry_run=settings.dry_run,
+    )
+    return Rewritten(lowered, report)
+
+
+Outcomes = dict[str, verification.Outcome]
+
+
+def _verify(
+    module: GraphModule,
+    findings: Findings,
+    facts: dict[str, SiteFacts],
+    plan: Plan,
+    settings: Settings,
+    clock: Clock,
+) -> Outcomes:
+    """Repeated sites that differ in nothing but their layer are run once each all the same: they are cheap."""
+    if not settings.verify or settings.dry_run:
+        return {}
+    outcomes: Outcomes = {}
+    with clock.stage("verify"):
+        for site in findings.sites:
+            choice = plan.choices.get(site.id)
+            if choice is None or (choice.kernel is None and not settings.portable):
+                continue
+            settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
+            kernel = "" if settings.portable else kernel_name(choice)
+            outcomes[site.id] = verification.verify(module, site, kernel, facts[site.id].trainable)
+    return outcomes
+
+
+def _holds(site: Site, plan: Plan, outcomes: Outcomes, settings: Settings) -> bool:
+    choice = plan.choices.get(site.id)
+    if choice is None or (choice.kernel is None and not settings.portable):
+        return False
+    outcome = outcomes.get(site.id)
+    return outcome is None or outcome.result is None or outcome.result.passed
+
+
+def _site_report(
+    site: Site, facts: SiteFacts | None, plan: Plan, outcomes: Outcomes, raised: Raised, settings: Settings
+) -> SiteReport:
+    choice = plan.choices.get(site.id)
+    outcome = outcomes.get(site.id)
+    replaced = _holds(site, plan, outcomes, settings)
+    reason = "" if choice is None else choice.reason
+    kernel = choice.kernel.name if choice is not None and choice.kernel is not None else None
+    if settings.portable and replaced:
+        kernel, reason = None, "portable: the kernel is chosen where the program is lowered"
+    if outcome is not None and outcome.reason:
+        reason = outcome.reason if not replaced else f"{reason}; {outcome.reason}"
+    removed = raised.removed.get(site.id, ()) if replaced else ()
+    op = raised.ops.get(site.id)
+    return SiteReport(
+        id=site.id,
+        op=site.op.name,
+        module=site.module,
+        status="replaced" if replaced else "kept",
+        kernel=kernel if replaced else None,
+        reason=reason,
+        mask=site.mask.to_json() if site.mask else None,
+        dims={name: size if isinstance(size, int) else str(size) for name, size in facts.dims.items()} if facts else {},
+        dtype=str(site.dtype).removeprefix("torch."),
+        trainable=facts.trainable if facts else False,
+        verify=outcome.result if outcome else None,
+        alternatives=tuple(
+            Alternative(kernel=r.kernel, rejected=r.reason) for r in (choice.rejected if choice else ())
+        ),
+        nodes_replaced=len(removed),
+        before=tuple(node.format_node() or node.name for node in removed),
+        after=(op.format_node() or op.name,) if op is not None and replaced else (),
+    )
+
+
+def with_capture_time(report: Report, seconds: float) -> Report:
+    """The report with the time that capture took."""
+    return report.model_copy(update={"seconds": report.seconds.model_copy(update={"capture": seconds})})
+
+
+__all__ = ["Clock", "Progress", "Rewritten", "Settings", "replace", "rewrite_graph", "with_capture_time"]

@@ -1,0 +1,134 @@
+"""Raising: a new graph in which each site is one op node. The rest stays as it was, node for node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from kreg.registry.library import overload
+from kreg.rewriters.graph import aten, upstream
+from kreg.rewriters.lift_ops import LAYOUT
+from kreg.rewriters.site import Calls, Operand, Site
+
+SITE = "kreg_site"
+"""Key in an op node's ``meta``: the id of the site it stands for."""
+
+STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A graph of ops.
+
+    Attributes:
+        module: the new graph.
+        ops: the op node of each site, by site id.
+        removed: names of the captured nodes that each site made unnecessary; a node that several sites shared
+            counts for the first of them.
+    """
+
+    module: GraphModule
+    ops: Mapping[str, Node]
+    removed: Mapping[str, tuple[Node, ...]]
+
+
+def raise_sites(module: GraphModule, sites: Sequence[Site]) -> Raised:
+    """A copy of the graph with each site replaced by its op, kernels still open."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    ops: dict[str, Node] = {}
+    by_output = {site.outputs[0].node: site for site in sites}
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        site = by_output.get(node)
+        if site is not None:
+            ops[site.id], results = emit(graph, site, lambda n: copies[n])
+            for output, result in zip(site.outputs, results, strict=True):
+                copies[output.node] = result
+    _loosen_views(ops.values())
+    graph.eliminate_dead_code()
+    new = GraphModule(module, graph)
+    new.meta = dict(module.meta)
+    graph.lint()
+    return Raised(new, ops, _removed(sites, copies, set(graph.nodes)))
+
+
+def _loosen_views(ops: Iterable[Node]) -> None:
+    """An op's result may be laid out otherwise than what it replaces: views of it may have to copy."""
+    pending = list(ops)
+    while pending:
+        for user in pending.pop().users:
+            if user.target in STRICT_VIEWS:
+                user.target = aten.reshape.default
+            if user.target in LAYOUT or user.target is operator.getitem:
+                pending.append(user)
+
+
+def _removed(
+    sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]
+) -> dict[str, tuple[Node, ...]]:
+    counted: set[Node] = set()
+    removed: dict[str, tuple[Node, ...]] = {}
+    for site in sites:
+        outputs = [output.node for output in site.outputs]
+        inner = set(upstream(outputs, {operand.node for operand in site.operands.values()}))
+        gone = {node for node in inner if node in outputs or copies[node] not in alive}
+        removed[site.id] = tuple(node for node in copies if node in gone and node not in counted)
+        counted |= gone
+    return removed
+
+
+def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "") -> tuple[Node, list[Node]]:
+    """Adds the op node of a site, and the views around it, to a graph.
+
+    Returns:
+        The op node, and for each output of the site the node that takes its place.
+    """
+    like = site.anchor
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        node.meta["val"] = infer(node)
+        return node
+
+    def apply(node: Node, calls: Calls) -> Node:
+        for target, args in calls:
+            node = call(target, node, *args)
+        return node
+
+    def bring(operand: Operand | None) -> Node | None:
+        return None if operand is None else apply(copy(operand.node), operand.calls)
+
+    tensors = [bring(site.operands.get(name)) for name in site.op.tensors]
+    while tensors and tensors[-1] is None:
+        tensors.pop()
+    defaults = site.op.defaults
+    attributes = {
+        name: copy(value) if isinstance(value, Node) else value
+        for name, value in site.attributes.items()
+        if isinstance(value, Node) or name not in defaults or defaults[name] != value
+    }
+    op = call(overload(site.op), *tensors, **attributes, **({"kernel": kernel} if kernel else {}))
+    op.meta[SITE] = site.id
+    results = [apply(call(operator.getitem, op, output.position), output.calls) for output in site.outputs]
+    return op, results
+
+
+def infer(node: Node) -> Any:
+    """The (fake) value of a node from its arguments' values."""
+    values = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        return node.target(*values[0], **values[1])  # type: ignore[operator]
+    with mode:
+        return node.target(*values[0], **values[1])  # type: ignore[operator]
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]

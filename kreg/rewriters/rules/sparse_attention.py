@@ -1,0 +1,143 @@
+"""How `sparse_attention` is recognised: attention whose keys are its values, under a window and over entries.
+
+It is softmax attention of one shared head in which keys and values are the same tensor, alone or followed by
+compressed entries, with a causal window proven on the first part, and on the second that every ready entry is
+seen or exactly those that an indexer selected.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from kreg.registry.op import Op
+from kreg.registry.ops import LIGHTNING_INDEXER, SPARSE_ATTENTION
+from kreg.rewriters import masks
+from kreg.rewriters import notation as n
+from kreg.rewriters.graph import aten, dtype_of, shape_of
+from kreg.rewriters.lift import Index
+from kreg.rewriters.notation import Expr
+from kreg.rewriters.rules.attention import sinks
+from kreg.rewriters.rules.rule import Context, Rule
+from kreg.rewriters.site import Mask, Operand, Output, Refused, Site, arrange, arranged_back
+from kreg.rewriters.softmax import Scores, SoftmaxAttention, is_attention
+from kreg.rewriters.softmax import read as read_softmax
+
+OP: Op = SPARSE_ATTENTION
+
+
+def find(context: Context, anchor: Node) -> Site:
+    """The sparse attention around a softmax."""
+    found = read_softmax(context.lifter, anchor)
+    _shares_keys_and_values(found)
+    if found.scores.softcap or found.scores.biases:
+        raise Refused("the scores have a soft cap or a bias", anchor)
+    parts = _parts(found)
+    result = dtype_of(found.output)
+
+    def keys(position: int, what: str) -> Operand:
+        node, index, variable = parts[position]
+        element = context.lifter.operand(node, index)
+        if not isinstance(element, n.Load):
+            element = n.Load(node, index, False)
+        return arrange(element.node, element.index, (found.batch, variable, found.inner), what).cast(result)
+
+    local_scores = found.scores_at(parts[0][2])
+    local = masks.read(local_scores.keep, found.query, parts[0][2], found.batch)
+    if not local.causal or local.window < 1 or local.ratio or local.selected or local.rest:
+        raise Refused("no causal window is proven over the keys", anchor)
+    operands = {
+        "q": arrange(
+            found.q.node, found.q.index, (found.batch, found.head, found.query, found.inner), "queries"
+        ).cast(result),
+        "kv": keys(0, "keys"),
+    }
+    attributes = {"scale": found.scores.scale, "window": local.window, "ratio": 0, "offset": local.offset}
+    facts: dict[str, object] = {"window": local.window}
+    kind = "sliding"
+    if len(parts) == 2:
+        operands["compressed"] = keys(1, "compressed entries")
+        scores = found.scores_at(n.add(n.size(_extent(parts[0])), parts[1][2]))
+        seen = masks.read(scores.keep, found.query, parts[1][2], found.batch)
+        if seen.rest or seen.padding or seen.causal or seen.window:
+            raise Refused("the mask over the compressed entries is neither causal by block nor a selection", anchor)
+        if seen.selected is not None:
+            operands["indices"], attributes["ratio"] = _selection(context, found, seen)
+            kind, facts["selected"] = "sliding+top-k", "lightning_indexer"
+        elif seen.ratio:
+            if seen.offset != local.offset:
+                raise Refused("window and compressed entries disagree about where the queries stand", anchor)
+            attributes["ratio"] = seen.ratio
+            kind = "sliding+block-causal"
+        else:
+            raise Refused("every query sees every compressed entry, ready or not", anchor)
+        facts["ratio"] = attributes["ratio"]
+    if local.padding:
+        operands["padding"] = _padding(found, local.padding, parts[0][2], local_scores)
+        kind, facts["padding"] = f"{kind}+padding", "input"
+    if found.sinks is not None:
+        operands["sinks"] = sinks(found)
+    back = arranged_back(found.output, found.index, (found.batch, found.head, found.query, found.channel))
+    return Site(OP, anchor, operands, attributes, (Output(found.output, 0, back),), Mask(kind, facts))
+
+
+Part = tuple[Node, Index, n.Var]
+
+
+def _extent(part: Part) -> n.Sized:
+    return part[2].size
+
+
+def _shares_keys_and_values(found: SoftmaxAttention) -> None:
+    if found.head is None or any(found.head in i.variables for i in found.k.index):
+        raise Refused("the heads do not share one head of keys", found.output)
+    renamed = tuple(n.substitute(i, {found.inner: found.channel}) for i in found.k.index)
+    if found.k.node is not found.v.node or renamed != found.v.index:
+        raise Refused("keys and values are different tensors", found.output)
+
+
+def _parts(found: SoftmaxAttention) -> list[Part]:
+    """The keys as pieces of a concatenation: (node, index, its own key variable)."""
+    node, index = found.k.node, found.k.index
+    place = index.index(found.key)
+
+    def own(piece: Node, name: str) -> Part:
+        variable = n.Var(name, shape_of(piece)[place])
+        return piece, (*index[:place], variable, *index[place + 1 :]), variable
+
+    pieces = [node]
+    if node.target is aten.cat.default:
+        dim = node.args[1] if len(node.args) > 1 else 0
+        if dim % len(index) == place:  # type: ignore[operator]
+            pieces = [p for p in node.args[0] if shape_of(p)[place] != 0]  # type: ignore[union-attr, arg-type]
+    if len(pieces) > 2:
+        raise Refused(f"the keys are {len(pieces)} pieces, not one or two", node)
+    return [own(piece, name) for piece, name in zip(pieces, ("t", "j"), strict=False)]
+
+
+def _selection(context: Context, found: SoftmaxAttention, seen: masks.Structure) -> tuple[Operand, int]:
+    """The selected entries, proven distinct by the op that made them."""
+    selected = seen.selected
+    assert selected is not None
+    producer = context.producers.get(selected.node)
+    if producer is None or producer.op is not LIGHTNING_INDEXER:
+        raise Refused("the selected entries are not proven to be distinct: no indexer was raised", selected.node)
+    if seen.ratio and seen.ratio != producer.attributes["ratio"]:
+        raise Refused("entries are selected by another block ratio than they are masked by", selected.node)
+    want = (found.batch, found.query, selected.index[-1])
+    return arrange(selected.node, selected.index, want, "selection"), producer.attributes["ratio"]
+
+
+def _padding(found: SoftmaxAttention, conditions: tuple[Expr, ...], key: n.Var, scores: Scores) -> Operand:
+    """The one input that pads keys, as a boolean tensor; a query may be left with the sink alone, or nothing."""
+    if found.sinks is None and not all(term.infinite for term in scores.masks):
+        raise Refused("a padded query without a sink has uniform weights in the model", found.softmax)
+    if len(conditions) != 1:
+        raise Refused("two padding masks apply to the keys", found.softmax)
+    match conditions[0]:
+        case n.Apply("not", (n.Apply("eq0", (n.Load() as element,)),)):
+            held = arrange(element.node, element.index, (found.batch, key), "padding mask")
+            return Operand(held.node, (*held.calls, (aten.ne.Scalar, (0,))))
+    raise Refused("the padding mask is computed in a way that is not read", found.softmax)
+
+
+RULE = Rule(op=OP, is_anchor=is_attention, find=find)

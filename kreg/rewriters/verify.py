@@ -1,0 +1,283 @@
+"""Verification: each site old against new, on fresh random inputs, with float64 as the judge."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from kreg.registry.op import normal
+from kreg.rewriters.graph import upstream
+from kreg.rewriters.raising import emit
+from kreg.rewriters.report import Verification
+from kreg.rewriters.site import Site
+
+log = logging.getLogger("kreg")
+
+LARGEST = 2**31
+"""Bytes of the largest float64 tensor that the original code may need for a site to be verified."""
+
+SMALL = 320
+"""Symbolic sizes are verified at their example value, or at this where that is larger and the graph allows it."""
+
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of verifying a site, or the reason why it could not be done."""
+
+    result: Verification | None
+    reason: str
+
+
+def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int = 0) -> Outcome:
+    """Runs the captured code of a site against its op with a kernel, forward and, if it trains, backward."""
+    try:
+        sizes = Sizes(module.graph, site)
+        inner = list(upstream([o.node for o in site.outputs], _stops(site)))
+        largest = max((sizes.count(node) for node in inner), default=0) * 8
+        if largest > LARGEST:
+            return Outcome(None, f"not verified: the original code needs a tensor of {largest / 2**30:.1f} GiB")
+        generator = torch.Generator().manual_seed(seed)
+        values = _draw(site, inner, sizes, generator)
+        old = _old(module, site, inner, sizes)
+        new = _new(site, kernel, sizes)
+        with torch.random.fork_rng(devices=[]):
+            return _compare(site, old, new, values, trains, generator)
+    except Exception as error:
+        log.debug("verification of %s failed", site.id, exc_info=True)
+        message = " ".join(str(error).split())[:200]
+        return Outcome(
+            Verification(passed=False, max_error=math.inf),
+            f"verification failed with {type(error).__name__}: {message}",
+        )
+
+
+def _stops(site: Site) -> set[Node]:
+    return {operand.node for operand in site.operands.values()}
+
+
+class Sizes:
+    """Numbers for a graph's symbolic sizes: the example's, made small where the graph's guards still hold."""
+
+    def __init__(self, graph: Graph, site: Site) -> None:
+        self.values: dict[sympy.Symbol, int] = {}
+        symints = [s for node in graph.nodes for s in _symints(node.meta.get("val"))]
+        if not symints:
+            return
+        environment = symints[0].node.shape_env
+        symbols = set().union(*(s.node.expr.free_symbols for s in symints))
+        hints = {s: int(environment.backed_var_to_val[s]) for s in symbols}
+        small = {s: self._small(environment, s, hint) for s, hint in hints.items()}
+        guards = [guard.expr for guard in environment.guards]
+        fits = all(guard.xreplace(small) is not sympy.false for guard in guards)
+        self.values = small if fits else hints
+
+    @staticmethod
+    def _small(environment: Any, symbol: sympy.Symbol, hint: int) -> int:
+        bounds = environment.var_to_range[symbol]
+        return min(hint, max(int(bounds.lower), SMALL))
+
+    def number(self, size: Any) -> Any:
+        """A size, or a value made of sizes, as a number."""
+        if isinstance(size, torch.SymInt):
+            return int(size.node.expr.xreplace(self.values))
+        if isinstance(size, (torch.SymFloat, torch.SymBool)):
+            return size.node.expr.xreplace(self.values)
+        return size
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape of a node's tensor."""
+        return tuple(self.number(s) for s in node.meta["val"].shape)
+
+    def count(self, node: Node) -> int:
+        """Elements of a node's tensor; 0 for anything else."""
+        value = node.meta.get("val")
+        return math.prod(self.shape(node)) if isinstance(value, torch.Tensor) else 0
+
+
+def _symints(value: Any) -> list[torch.SymInt]:
+    if isinstance(value, torch.SymInt):
+        return [value] if not value.node.expr.is_Integer else []
+    if isinstance(value, torch.Tensor):
+        return [s for s in value.shape if isinstance(s, torch.SymInt)]
+    return []
+
+
+def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generator) -> Values:
+    """Random inputs: operands by their op's rules, whatever else the captured code reads as plain noise."""
+    values: Values = {}
+    drawn: dict[str, torch.Tensor] = {}
+    for name, operand in site.operands.items():
+        node = operand.node
+        if node not in values:
+            shape, dtype = sizes.shape(node), node.meta["val"].dtype
+            fill = site.op.fill.get(name)
+            if fill is not None:
+                values[node] = fill(shape, dtype, generator, drawn)
+            else:
+                values[node] = _noise(shape, dtype, generator)
+        drawn[name] = _apply(values[node], operand.calls)
+    for node in inner:
+        if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
+            values[node] = _noise(sizes.shape(node), node.meta["val"].dtype, generator)
+    return values
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype is torch.bool or dtype.is_floating_point:
+        return normal(shape, dtype, generator)
+    return (torch.rand(shape, generator=generator) < 0.8).to(dtype)
+
+
+def _apply(value: torch.Tensor, calls: Any) -> torch.Tensor:
+    for target, args in calls:
+        value = target(value, *args)
+    return value
+
+
+Run = Callable[[Values], tuple[torch.Tensor, ...]]
+
+
+def _old(module: GraphModule, site: Site, inner: list[Node], sizes: Sizes) -> Run:
+    """The captured code of a site in float64, as a function of its inputs."""
+    wanted = set(inner)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    inputs: list[Node] = []
+    for node in module.graph.nodes:
+        if node in _stops(site) or (node in wanted and node.op in ("placeholder", "get_attr")):
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            copies[node] = graph.placeholder(node.name)
+            inputs.append(node)
+        elif node in wanted and not _is_number(node):
+            copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
+            copies[node].args = _widened(copies[node].args)
+            copies[node].kwargs = _widened(copies[node].kwargs)
+    graph.output(tuple(copies[output.node] for output in site.outputs))
+    run = GraphModule(torch.nn.Module(), graph)
+
+    def old(values: Values) -> tuple[torch.Tensor, ...]:
+        result: tuple[torch.Tensor, ...] = run(*(_judge(values[node]) for node in inputs))
+        return result
+
+    return old
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def _constant(node: Node, sizes: Sizes) -> Any:
+    return sizes.number(node.meta["val"])
+
+
+def _widened(arguments: Any) -> Any:
+    """Floating-point dtypes become float64, and the most negative value of a dtype stays what it was."""
+
+    def widen(argument: Any) -> Any:
+        if isinstance(argument, torch.dtype) and argument.is_floating_point:
+            return torch.float64
+        return argument
+
+    return torch.utils._pytree.tree_map(widen, arguments)
+
+
+def _judge(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        return value.double() if value.dtype != torch.float64 else value
+    return value
+
+
+def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
+    """The op of a site with its kernel, and the views around it, as a function of the same inputs."""
+    graph = Graph()
+    inputs = list(dict.fromkeys(operand.node for operand in site.operands.values()))
+    copies = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = torch.empty(
+            sizes.shape(node), dtype=node.meta["val"].dtype, device="meta"
+        )
+    attributes = {
+        name: sizes.number(value.meta["val"]) if isinstance(value, Node) else value
+        for name, value in site.attributes.items()
+    }
+    plain = Site(site.op, site.anchor, site.operands, attributes, site.outputs, site.mask)
+    _, results = emit(graph, plain, lambda n: copies[n], kernel)
+    graph.output(tuple(results))
+    run = GraphModule(torch.nn.Module(), graph)
+
+    def new(values: Values) -> tuple[torch.Tensor, ...]:
+        result: tuple[torch.Tensor, ...] = run(*(values[node] for node in inputs))
+        return result
+
+    return new
+
+
+def _compare(
+    site: Site, old: Run, new: Run, values: Values, trains: bool, generator: torch.Generator
+) -> Outcome:
+    op = site.op
+    leaves = {
+        operand.node: name
+        for name, operand in site.operands.items()
+        if trains and name in op.differentiable and values[operand.node].dtype.is_floating_point
+    }
+    with torch.set_grad_enabled(bool(leaves)):
+        mine = {n: v.detach().requires_grad_() if n in leaves else v for n, v in values.items()}
+        judge = {n: v.detach().double().requires_grad_() if n in leaves else v for n, v in values.items()}
+        got, want = new(mine), old(judge)
+    arguments = _arguments(site, values)
+    tolerance = op.tolerances[site.dtype]
+    error = op.error(arguments, got, want)
+    passed = tolerance.accepts(error, _scale(want[0]))
+    worst: float | None = None
+    if leaves and got[0].requires_grad:
+        weights = torch.randn(want[0].shape, generator=generator, dtype=torch.float64)
+        finite = torch.isfinite(want[0].detach())
+        a = torch.autograd.grad((got[0].double() * weights)[finite].sum(), [mine[n] for n in leaves], allow_unused=True)
+        b = torch.autograd.grad((want[0] * weights)[finite].sum(), [judge[n] for n in leaves], allow_unused=True)
+        worst = 0.0
+        for x, y in zip(a, b, strict=True):
+            difference, scale = _gradient_error(x, y)
+            worst = max(worst, difference)
+            passed = passed and tolerance.accepts(difference, scale)
+    result = Verification(passed=passed, max_error=error, max_grad_error=worst)
+    if passed:
+        return Outcome(result, "")
+    found = f"error {error:.2g}" + ("" if worst is None else f", gradients {worst:.2g}")
+    return Outcome(result, f"failed verification in {str(site.dtype).removeprefix('torch.')}: {found}")
+
+
+def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[float, float]:
+    if a is None or b is None:
+        other = b if a is None else a
+        return (0.0 if other is None else float(other.abs().max())), 1.0
+    if a.numel() == 0:
+        return 0.0, 1.0
+    difference = (a.double() - b).abs()
+    return float(difference.max()) if bool(torch.isfinite(difference).all()) else math.inf, _scale(b)
+
+
+def _scale(value: torch.Tensor) -> float:
+    if value.numel() == 0 or not value.dtype.is_floating_point:
+        return 1.0
+    return float(value.detach().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max())
+
+
+def _arguments(site: Site, values: Mapping[Node, Any]) -> dict[str, Any]:
+    tensors = {name: _apply(values[o.node], o.calls) for name, o in site.operands.items()}
+    attributes = {name: v for name, v in site.attributes.items() if not isinstance(v, Node)}
+    return tensors | attributes
+
+
+
