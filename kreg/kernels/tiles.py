@@ -16,7 +16,7 @@ import torch
 SCORES_PER_TILE = 1 << 18
 """Scores held at once (1 MB in float32), about one core's second-level cache."""
 
-GATHERED_PER_TILE = 1 << 19
+GATHERED_PER_TILE = 1 << 20
 """Elements of gathered keys held at once."""
 
 LONGEST_RANGE = 256
@@ -43,13 +43,17 @@ class Workspace:
             buffer = self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
         return buffer[:size].view(shape)
 
+    def dense(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """``source`` itself if it is contiguous and of the workspace's dtype, else a copy. Read only."""
+        return source if source.dtype is self.dtype and source.is_contiguous() else self.copy(name, source)
+
     def copy(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """``source``, contiguous and in the workspace's dtype, on the buffer ``name``."""
         return self.take(name, *source.shape).copy_(source)
 
 
 def aligned(first: int, last: int, end: int) -> tuple[int, int]:
-    """Widen a range within 0 to ``end`` to a multiple of `ALIGNMENT`, to the left first; the rest gets masked."""
+    """Widen a range within 0 to ``end`` to a multiple of `ALIGNMENT`, to the left first. Masks follow."""
     width = -(-(last - first) // ALIGNMENT) * ALIGNMENT
     first = max(0, last - width)
     return first, min(end, first + width)
@@ -72,7 +76,7 @@ class Band:
         return aligned(first, last, self.keys) if first < last else (0, 0)
 
     def bias(self, start: int, stop: int, first: int, last: int, like: torch.Tensor) -> torch.Tensor | None:
-        """0 where a query of the tile sees a key of the range, -inf elsewhere: [tile, range]; None for all 0."""
+        """0 where a query of the tile sees a key of the range, -inf elsewhere: [tile, range]; None: all 0."""
         newest, oldest = start + self.offset, stop - 1 + self.offset - self.window
         if (not self.causal or last - 1 <= newest) and (not self.window or first > oldest):
             return None
@@ -98,27 +102,26 @@ def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def even_spans(start: int, stop: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut ``start`` to ``stop`` into aligned ranges of about equal size, at most ``largest`` (a multiple of 16)."""
+    """Cut ``start`` to ``stop`` into aligned ranges of about equal size, ``largest`` at most."""
     count = max(1, -(-(stop - start) // largest))
     share = -(-(stop - start) // count)
     yield from spans(start, stop, max(1, -(-share // ALIGNMENT) * ALIGNMENT))
 
 
-def tile_size(heads: int, columns: int, waste: int = 0) -> int:
-    """Queries per tile so that its scores stay in cache; at most ``waste`` where larger tiles score in vain."""
-    size = 1 << max(3, (SCORES_PER_TILE // (heads * columns)).bit_length() - 1)
-    return min(size, max(8, waste)) if waste else size
+def longest_range(rows: int) -> int:
+    """Keys per range, aligned, so that scores of this many rows stay in cache."""
+    return max(LONGEST_RANGE, SCORES_PER_TILE // rows // ALIGNMENT * ALIGNMENT)
 
 
 class RunningSoftmax:
     """The softmax of one tile, part by part: each part's output and lse merge into those so far.
 
-    With weights ``w = exp(lse_part - lse_all)`` the output is ``(1 - w) * before + w * part``: a ``lerp``. A sink
-    is where the running lse starts; it has no value behind it.
+    With weights ``w = exp(lse_part - lse_all)`` the output is ``(1 - w) * before + w * part``, a lerp. The
+    running lse starts at the sink, which has no value behind it.
     """
 
     def __init__(self, work: Workspace, target: torch.Tensor, sinks: torch.Tensor | None) -> None:
-        """``target`` [heads, tile, dim] will receive the output; it is accumulated there if its dtype allows."""
+        """``target`` [heads, tile, dim] receives the output; it is accumulated there if its dtype allows."""
         self.target = target
         self.out = target if target.dtype is work.dtype else work.take("running out", *target.shape)
         self.lse = work.take("running lse", *target.shape[:2])
@@ -128,8 +131,10 @@ class RunningSoftmax:
             self.lse.copy_(sinks.unsqueeze(1).expand_as(self.lse))
         self.empty = True
 
-    def merge(self, part: torch.Tensor, part_lse: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
-        """Merge the output [heads, rows, dim] and lse [heads, rows] of a part of the keys, for some of the rows."""
+    def merge(
+        self, part: torch.Tensor, part_lse: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Merge a part's output [heads, rows, dim] and lse [heads, rows], for some of the tile's rows."""
         every = stop is None or (start == 0 and stop == self.lse.shape[1])
         if self.empty and not every:
             self.out.zero_()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kreg.errors import SpecError
+from kreg.errors import SelectionError, SpecError
 from kreg.registry.constraints import Constraint
 from kreg.registry.op import Op
 
@@ -55,15 +55,15 @@ def define(op: Op) -> None:
     _library.define(f"{op.name}_backward{_backward_schema(op)}")
     qualified = f"kreg::{op.name}"
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return _call(op, bind(op, args, kwargs))
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _packed(op, _call(op, bind(op, args, kwargs)))
 
     def backward(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
         return _call_backward(op, *args, **kwargs)
 
-    def fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    def fake(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("kernel", None)
-        return op.fake(*args, **kwargs)
+        return _packed(op, results(op.fake(*args, **kwargs)))
 
     def fake_backward(
         grads: list[Any], tensors: list[Any], outputs: list[Any], needs: list[bool], **rest: Any
@@ -82,6 +82,16 @@ def define(op: Op) -> None:
 def bind(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, defaults filled in; "kernel" is kept if it was given."""
     return {**op.defaults, **dict(zip(op.arguments, args, strict=False)), **kwargs}
+
+
+def results(value: Any) -> tuple[torch.Tensor, ...]:
+    """What a kernel returned, as a tuple also where the op has a single result."""
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def _packed(op: Op, value: tuple[torch.Tensor, ...]) -> Any:
+    """Results as torch wants them: a single one bare."""
+    return value[0] if op.outputs == 1 else value
 
 
 def overload(op: Op) -> torch._ops.OpOverload:
@@ -107,10 +117,10 @@ def resolve(op_name: str, kernel: str) -> Kernel:
         return Kernel("", op.reference)
     from kreg.registry.catalogue import catalogue
 
-    spec = catalogue().kernel(name)
     try:
+        spec = catalogue().kernel(name)
         entry, backward = spec.entry_point(), spec.backward_point()
-    except (ImportError, SpecError) as error:
+    except (ImportError, SpecError, SelectionError) as error:
         log.warning("kernel %s cannot be had here (%s): the reference computes %s", name, error, op_name)
         fallbacks[name, f"not importable: {error}"] += 1
         return Kernel("", op.reference)
@@ -135,7 +145,7 @@ def _call(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     kernel = resolve(op.name, arguments.pop("kernel", ""))
     if kernel.checks:
         kernel = _checked(op, kernel, arguments)
-    return kernel.forward(**arguments)
+    return results(kernel.forward(**arguments))
 
 
 def _checked(op: Op, kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:
@@ -182,16 +192,16 @@ def _recompute(forward: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[...
     ) -> dict[str, torch.Tensor]:
         with torch.enable_grad():
             leaves = {name: arguments[name].detach().requires_grad_() for name in sorted(needs)}
-            results = forward(**(arguments | leaves))
-            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+            found = results(forward(**(arguments | leaves)))
+            pairs = [(r, g) for r, g in zip(found, grads, strict=True) if g is not None and r.requires_grad]
             if not pairs:
                 return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [r for r, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
             )
         return {
             name: torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+            for (name, leaf), grad in zip(leaves.items(), gradients, strict=True)
         }
 
     return backward
@@ -201,7 +211,7 @@ def _save(op: Op) -> Callable[..., None]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
         arguments = bind(op, inputs, keyword_only_inputs)
         tensors = [arguments.get(name) for name in op.tensors]
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, *results(output))
         ctx.attributes = {name: arguments[name] for name in op.attributes}
         ctx.kernel = arguments.get("kernel", "")
         ctx.set_materialize_grads(False)

@@ -116,8 +116,11 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
     }
     op = call(overload(site.op), *tensors, **attributes, **({"kernel": kernel} if kernel else {}))
     op.meta[SITE] = site.id
-    results = [apply(call(operator.getitem, op, output.position), output.calls) for output in site.outputs]
-    return op, results
+
+    def result(position: int) -> Node:
+        return op if site.op.outputs == 1 else call(operator.getitem, op, position)
+
+    return op, [apply(result(output.position), output.calls) for output in site.outputs]
 
 
 def infer(node: Node) -> Any:

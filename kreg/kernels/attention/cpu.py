@@ -20,9 +20,8 @@ from kreg.kernels.tiles import (
 )
 from kreg.registry.ops.attention import accumulation_dtype
 
-
 ROWS_PER_PRODUCT = 256
-"""Rows of one matrix product, where there are as many: a kv head's query heads times the queries of a tile."""
+"""Rows of one matrix product, where there are as many: a kv head's query heads times a tile's queries."""
 
 
 @dataclass
@@ -35,10 +34,11 @@ class Tile:
     queries: slice
 
     def of(self, tensor: torch.Tensor, keys: slice) -> torch.Tensor:
-        """Its part of a broadcastable [batch, heads, queries, keys] tensor: a view [1|heads, 1|tile, 1|keys]."""
+        """Its part of a broadcastable [batch, heads, queries, keys] tensor, a view: [heads, tile, keys]."""
         wanted = (self.heads, self.queries, keys)
         tensor = tensor[self.batch if tensor.shape[0] > 1 else 0]
-        return tensor[tuple(some if size > 1 else slice(None) for some, size in zip(wanted, tensor.shape, strict=True))]
+        sizes = zip(wanted, tensor.shape, strict=True)
+        return tensor[tuple(some if size > 1 else slice(None) for some, size in sizes)]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Scores:
 def tiles(q: torch.Tensor, k: torch.Tensor, window: int) -> Iterator[Tile]:
     """Cut the work so that products have enough rows and scores stay in cache.
 
-    Within a window, more queries score more keys in vain. Several kv heads make one tile where they are small.
+    Within a window, more queries score more keys in vain. Where kv heads are small, several make one tile.
     """
     (batch, heads, queries, _), (kv_heads, keys) = q.shape, k.shape[1:3]
     group = heads // kv_heads
@@ -104,7 +104,7 @@ def forward(
     window: int = 0,
     offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and lse of the op; a kv head's query heads are stacked into one product, ``[heads / kv_heads * tile]``."""
+    """Output and lse of the op; the query heads of a kv head are the rows of one product."""
     acc = accumulation_dtype(q.dtype)
     (batch, heads, queries, dim), value_dim = q.shape, v.shape[3]
     k, v = k.to(acc), v.to(acc)

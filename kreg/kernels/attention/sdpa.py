@@ -7,9 +7,15 @@ from typing import Any
 import torch
 
 
-def per_head(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Keys or values [batch, kv_heads, keys, dim], one copy for each query head."""
+def per_head(x: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Tensor [batch, heads, rows, dim] with each head repeated, rows dense as torch needs them."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+
+def stored_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x``, copied if its strides are not those of ``like``."""
+    return x if x.stride() == like.stride() else like.copy_(x)
 
 
 def forward(
@@ -27,9 +33,11 @@ def forward(
     """Output and lse; torch's causal mask, ``t <= s``, is the op's for offset 0."""
     groups = q.shape[1] // k.shape[1]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, per_head(k, groups), per_head(v, groups), 0.0, causal, scale=scale
+        per_head(q), per_head(k, groups), per_head(v, groups), 0.0, causal, scale=scale
     )
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    batch, heads, queries, dim = q.shape
+    by_position = out.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    return stored_as(out, by_position), stored_as(lse, lse.new_empty(batch, heads, queries))
 
 
 def backward(
@@ -46,12 +54,13 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """Gradients of q, k and v; those of a shared key head are summed over its query heads."""
     arguments = {"q": q, "k": k, "v": v}
-    grad, (out, lse) = grads[0], outputs
+    grad = grads[0]
     if grad is None:
         return {name: torch.zeros_like(x) for name, x in arguments.items() if name in needs}
     groups = q.shape[1] // k.shape[1]
+    rows = (per_head(grad), per_head(q), per_head(k, groups), per_head(v, groups))
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, per_head(k, groups), per_head(v, groups), out, lse, 0.0, causal, scale=scale
+        *rows, *outputs, 0.0, causal, scale=scale
     )
     return {
         name: part if part.shape == x.shape else part.unflatten(1, (-1, groups)).sum(2)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kreg.kernels.tiles import GATHERED_PER_TILE, SCORES_PER_TILE, Workspace, product, spans
+from kreg.kernels.tiles import GATHERED_PER_TILE, Workspace, product, spans
 from kreg.registry.ops.attention import accumulation_dtype
 
-GATHER_ABOVE = 4
-"""The backward pass gathers the selected keys when there are this many times more entries than selected ones."""
+PRODUCTS_PER_TILE = 1 << 20
+"""Products of all heads held at once: past the cache, but their matrix product has rows enough."""
+
+GATHER_ABOVE = 2
+"""The backward pass gathers selected keys when there are this many times more entries than selected ones."""
 
 ROWS_PER_SELECTION = 256
 """Queries whose scores are selected from together: enough of them for ``topk`` to share between threads."""
@@ -22,13 +25,13 @@ def ready_count(position: int, entries: int, ratio: int) -> int:
 def scores_into(
     scores: torch.Tensor, work: Workspace, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    """Write ``sum_h weights[s, h] * relu(q[s, h] . k[j])`` into scores [rows, entries]; k is [entries, dim]."""
+    """Write ``sum_h weights[s, h] * relu(q[s, h] . k[j])`` to scores [rows, entries]; k is [entries, dim]."""
     _, heads, dim = q.shape
-    step = max(1, SCORES_PER_TILE // (heads * max(1, len(k))))
+    step = max(1, PRODUCTS_PER_TILE // (heads * max(1, len(k))))
     for start, stop in spans(0, len(q), step):
-        rows = work.copy("q", q[start:stop]).view(-1, dim)
+        rows = work.dense("q", q[start:stop]).view(-1, dim)
         products = torch.mm(rows, k.mT, out=work.take("products", len(rows), len(k))).relu_()
-        by_head = work.copy("weights", weights[start:stop]).unsqueeze(1)
+        by_head = work.dense("weights", weights[start:stop]).unsqueeze(1)
         torch.bmm(by_head, products.view(stop - start, heads, -1), out=scores[start:stop].unsqueeze(1))
 
 
@@ -55,9 +58,8 @@ def forward(
         counts = torch.arange(start + offset + 1, stop + offset + 1, device=q.device).unsqueeze(1)
         counts = counts // ratio if ratio else torch.full_like(counts, entries)
         most = ready_count(stop - 1 + offset, entries, ratio)
-        everything = torch.where(order[:topk] < counts.clamp(max=entries), order[:topk], -1)
         if most <= topk:
-            indices[:, start:stop] = everything
+            indices[:, start:stop] = torch.where(order[:topk] < counts.clamp(max=entries), order[:topk], -1)
             if not scored:
                 continue
         for b in range(batch):
@@ -99,7 +101,7 @@ def backward(
     work = Workspace(q, acc)
     gather = entries > GATHER_ABOVE * topk
     columns = topk if gather else entries
-    size = SCORES_PER_TILE // (heads * max(1, columns))
+    size = PRODUCTS_PER_TILE // (heads * max(1, columns))
     if gather:
         size = min(size, GATHERED_PER_TILE // max(1, topk * dim))
     nothing = grad is None or not scored or not columns
@@ -121,7 +123,7 @@ def backward(
                 keys = keys_b.unsqueeze(0)
             # One batch of matrices per query when gathered, one in all when the keys are the tile's.
             shape = (len(keys), -1, dim)
-            rows = work.copy("q", q[b, start:stop]).view(shape)
+            rows = work.dense("q", q[b, start:stop]).view(shape)
             x = product("products", work, rows, keys.mT).relu_()
             by_head = x.view(stop - start, heads, columns)
             if "weights" in total:

@@ -1,6 +1,6 @@
 """``sparse_attention`` in plain PyTorch, a tile of queries at a time.
 
-All heads share the keys, so the products of a tile are single matrix products with ``heads * tile`` rows. A tile
+All heads share the keys, so a tile's products are single matrix products with ``heads * tile`` rows. A tile
 scores densely the window and the entries that are ready, joined into one list of keys; selected entries are
 gathered for each query, or scored densely and masked where few are left out.
 """
@@ -8,32 +8,36 @@ gathered for each query, or scored densely and masked where few are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 
 from kreg.kernels.tiles import (
     ALIGNMENT,
     GATHERED_PER_TILE,
-    LONGEST_RANGE,
     Band,
     RunningSoftmax,
     Workspace,
     even_spans,
+    longest_range,
     product,
     softmax_,
     spans,
-    tile_size,
 )
 from kreg.registry.ops.attention import accumulation_dtype
 
-GATHER_ABOVE = 4
+GATHER_ABOVE = 2
 """Gather when there are this many times more entries than selected ones: a gathered key serves one query, a
 masked one the whole tile at the matrix product's full rate."""
 
 
+TILE_OPERATIONS = 1 << 23
+"""A tile's fixed cost, counted in operations ``queries**2 * heads * dim`` on keys outside the window."""
+
+
 @dataclass
 class Dense:
-    """Keys that a whole tile scores: ``kv[first:last]``, then ``compressed[:entries]``; bias [tile, keys] masks."""
+    """Keys that a whole tile scores: ``kv[first:last]``, ``compressed[:entries]``; bias is [tile, keys]."""
 
     first: int
     last: int
@@ -50,7 +54,7 @@ class Dense:
 
 @dataclass
 class Gather:
-    """Entries that each of the tile's queries ``start`` to ``stop`` reads: [rows, selected]; bias likewise."""
+    """Entries that the tile's queries ``start`` to ``stop`` read: [rows, selected]; bias likewise."""
 
     start: int
     stop: int
@@ -88,10 +92,12 @@ class Layout:
 
     def ready_count(self, stop: int) -> int:
         """How many entries are ready for the query before ``stop``."""
-        return min(self.entries, max(0, stop + self.band.offset) // self.ratio) if self.ratio else self.entries
+        if not self.ratio:
+            return self.entries
+        return min(self.entries, max(0, stop + self.band.offset) // self.ratio)
 
     def joined(self, batch: int, start: int, stop: int, entries: int, chosen: torch.Tensor | None) -> Dense:
-        """Window and first ``entries``; of these the queries see the ``chosen``, or by default the ready ones."""
+        """Window and first ``entries``, of which the queries see the ``chosen``; None: the ready ones."""
         first, last = self.band.span(start, stop)
         first = max(0, first - -(last - first + entries) % ALIGNMENT)
         masks = self.band.bias(start, stop, first, last, self.like)
@@ -115,7 +121,7 @@ class Layout:
         return Dense(first, last, entries, bias)
 
     def gathers(self, chosen: torch.Tensor) -> list[Gather]:
-        """The ``chosen`` entries [tile, selected], for as many queries at a time as the buffer has room for."""
+        """The ``chosen`` entries [tile, selected], for as many queries at a time as the buffer can hold."""
         absent = chosen < 0
         bias = None
         if bool(absent.any()):
@@ -144,9 +150,13 @@ def layout_of(
     return Layout(Band(kv.shape[1], True, window, offset), padding, entries, indices, ratio, q.shape[3], like)
 
 
-def rows_per_tile(heads: int, window: int) -> int:
-    """Queries per tile: larger ones score more keys outside the window in vain."""
-    return tile_size(heads, 2 * min(window, LONGEST_RANGE), min(window, LONGEST_RANGE) // 2)
+def queries_per_tile(heads: int, dim: int) -> int:
+    """The power of two that costs least.
+
+    A tile of n queries has a fixed cost, and scores n keys a query outside its window, at ``heads * dim``
+    operations each: least in all at n ~ ``1 / sqrt(heads * dim)``.
+    """
+    return 1 << min(8, max(3, isqrt(TILE_OPERATIONS // (heads * dim)).bit_length() - 1))
 
 
 def forward(
@@ -172,12 +182,12 @@ def forward(
     for b in range(batch):
         kv_b = kv[b].to(acc).contiguous()
         compressed_b = None if compressed is None else compressed[b].to(acc).contiguous()
-        for start, stop in spans(0, queries, rows_per_tile(heads, window)):
+        for start, stop in spans(0, queries, queries_per_tile(heads, dim)):
             rows = work.copy("q", q[b, :, start:stop]).mul_(scale)
             running = RunningSoftmax(work, out[b, :, start:stop], sinks)
             dense, gathers = layout.tile(b, start, stop)
             keys = dense.keys(work, kv_b, compressed_b)
-            for low, high in even_spans(0, len(keys), LONGEST_RANGE):
+            for low, high in even_spans(0, len(keys), longest_range(heads * (stop - start))):
                 some = keys[low:high]
                 scores = work.take("scores", heads, stop - start, high - low)
                 torch.mm(rows.view(-1, dim), some.mT, out=scores.view(-1, high - low))
@@ -218,8 +228,8 @@ def backward(
 ) -> dict[str, torch.Tensor]:
     """Gradients from the saved output and lse; the probabilities are computed again, tile by tile.
 
-    With probabilities p and ``d = grad @ keys^T - rowsum(grad * out)``, the scores' gradient is ``p * d``; the keys
-    get one part as keys, ``(p * d)^T @ q``, and one as values, ``p^T @ grad``.
+    With probabilities p the scores' gradient is ``d = p * (grad @ keys^T - rowsum(grad * out))``; the keys
+    get one part as keys, ``d^T @ q``, and one as values, ``p^T @ grad``.
     """
     acc = accumulation_dtype(q.dtype)
     batch, heads, queries, dim = q.shape
@@ -233,7 +243,7 @@ def backward(
         assert grad is not None
         kv_b = kv[b].to(acc).contiguous()
         compressed_b = None if compressed is None else compressed[b].to(acc).contiguous()
-        for start, stop in spans(0, queries, rows_per_tile(heads, window)):
+        for start, stop in spans(0, queries, queries_per_tile(heads, dim)):
             rows = work.copy("q", q[b, :, start:stop]).mul_(scale)
             grads_out = work.copy("grad", grad[b, :, start:stop])
             inner = work.copy("grad q", out[b, :, start:stop]).mul_(grads_out).sum(-1)
@@ -250,7 +260,7 @@ def backward(
             keys = dense.keys(work, kv_b, compressed_b)
             grads_keys = work.take("grad keys", *keys.shape)
             flat, flat_grads = rows.view(-1, dim), grads_out.view(-1, dim)
-            for low, high in even_spans(0, len(keys), LONGEST_RANGE):
+            for low, high in even_spans(0, len(keys), longest_range(heads * (stop - start))):
                 some, columns = keys[low:high], high - low
                 p = work.take("scores", heads, stop - start, columns)
                 torch.mm(flat, some.mT, out=p.view(-1, columns))

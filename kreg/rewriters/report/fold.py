@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 from kreg.rewriters.report.model import NearMissReport, SiteReport
@@ -85,7 +86,7 @@ def _shared_module(modules: Sequence[str]) -> str:
 def spelled(numbers: Sequence[int]) -> str:
     """Layer numbers in few words: ``0..23``, ``0,2,..,22``, ``0,3,7``, ``0..2,5..9``."""
     ordered = sorted(numbers)
-    steps = {b - a for a, b in zip(ordered, ordered[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(ordered)}
     if len(ordered) < 3:
         return ",".join(map(str, ordered))
     if steps == {1}:

@@ -1,4 +1,4 @@
-"""The report in the terminal: a headline, a row for each kind of site, and what was not replaced, with reasons."""
+"""The report in the terminal: a headline, a row for each kind of site, and what was not taken, and why."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ WIDE = 150
 
 ERROR = 9
 """Width of an error with its mark: ``✗ 3.1e-02``."""
+
+MASK = 24
+"""Width of a mask; longer ones wrap."""
+
+GAP = 2
+"""Spaces between columns."""
 
 SPARE = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 """A rule under the titles, and nothing else."""
@@ -52,9 +58,15 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
 
 def _headline(report: Report) -> RenderableType:
     done = sum(site.status == "replaced" for site in report.sites)
-    style = "green" if done and done == len(report.sites) else "yellow" if done or report.near_misses else "dim"
+    style = (
+        "green" if done and done == len(report.sites) else "yellow" if done or report.near_misses else "dim"
+    )
     text = Text.assemble(
-        (report.model, "bold"), " on ", (report.device, "bold"), ": ", (wording.headline(report), f"bold {style}")
+        (report.model, "bold"),
+        " on ",
+        (report.device, "bold"),
+        ": ",
+        (wording.headline(report), f"bold {style}"),
     )
     times = [(name, t) for name, t in wording.stage_times(report.seconds) if t >= 0.0005]
     folded = sum(site.nodes_replaced for site in report.sites if site.status == "replaced")
@@ -88,12 +100,20 @@ def _table(folds: list[Fold[SiteReport]], width: int) -> Table:
 
 def _columns(folds: list[Fold[SiteReport]], width: int) -> dict[str, int]:
     """Titles and widths: kernels whole, errors as they are, and what is left to the module and the reason."""
-    kernel = min(width // 3, max(cell_len(_kernel(fold.first).plain) for fold in folds))
+    kernels = max(cell_len(_kernel(fold.first).plain) for fold in folds)
+    kernel = min(2 * width // 5, max(kernels, MASK if width < WIDE else 0))
     if width >= WIDE:
         op = max(len(fold.first.op) for fold in folds)
-        left = width - op - kernel - 24 - ERROR - 5
-        return {"module": left // 2, "op": op, "kernel": kernel, "mask": 24, "error": ERROR, "why": left - left // 2}
-    left = width - kernel - ERROR - 3
+        left = width - op - kernel - MASK - ERROR - 5 * GAP
+        return {
+            "module": left // 2,
+            "op": op,
+            "kernel": kernel,
+            "mask": MASK,
+            "error": ERROR,
+            "why": left - left // 2,
+        }
+    left = width - kernel - ERROR - 3 * GAP
     module = max(left // 2, 18)
     return {"module\nop": module, "kernel\nmask": kernel, "error\ngrad": ERROR, "why": left - module}
 
@@ -109,7 +129,7 @@ def _cells(fold: Fold[SiteReport], width: int) -> tuple[Text, Text, Text, Text, 
 
 def _kernel(site: SiteReport) -> Text:
     if site.status == "replaced":
-        return Text(site.kernel or "", style="green")
+        return Text(site.kernel or "open", style="green")
     return Text(f"{site.kernel} (kept)" if site.kernel else "original code", style="yellow")
 
 
@@ -137,7 +157,7 @@ def _choices(report: Report) -> Iterator[RenderableType]:
     """Kernels made for this device that some site did not get."""
     rejected: dict[tuple[str, str], int] = {}
     for site in report.sites:
-        for other in wording.worth_knowing(site.alternatives, report.device):
+        for other in wording.worth_knowing(site, report.device):
             rejected[other.kernel, other.rejected] = rejected.get((other.kernel, other.rejected), 0) + 1
     if not rejected:
         return
@@ -155,7 +175,12 @@ def _near_misses(report: Report) -> Iterator[RenderableType]:
         count = f" ×{fold.count}" if fold.count > 1 else ""
         where = wording.module(fold.module) + count
         yield _item(
-            Text.assemble(where, (f" {fold.first.op}", "cyan"), (f" at {fold.first.node}", "dim"), f": {fold.first.reason}")
+            Text.assemble(
+                where,
+                (f" {fold.first.op}", "cyan"),
+                (f" at {fold.first.node}", "dim"),
+                f": {fold.first.reason}",
+            )
         )
 
 

@@ -34,7 +34,9 @@ def seconds(value: float) -> str:
 
 def stage_times(times: Seconds) -> list[tuple[str, float]]:
     """Each stage with its seconds."""
-    return list(zip(STAGES, (times.capture, times.raise_, times.plan, times.lower, times.verify), strict=True))
+    return list(
+        zip(STAGES, (times.capture, times.raise_, times.plan, times.lower, times.verify), strict=True)
+    )
 
 
 def module(path: str) -> str:
@@ -61,6 +63,34 @@ def mask(facts: Mapping[str, Any] | None) -> str:
     return " + ".join(words.get(part, part) for part in str(facts.get("kind", "?")).split("+"))
 
 
+def mask_caption(facts: Mapping[str, Any] | None, dims: Mapping[str, int | str]) -> str:
+    """A mask in a sentence: what a query sees."""
+    if facts is None:
+        return ""
+    window, ratio = facts.get("window"), facts.get("ratio")
+    parts, phrases = str(facts.get("kind", "")).split("+"), []
+    if "sliding" in parts:
+        phrases.append(f"the last {size(window)} keys" if window else "a window of keys")
+    if "causal" in parts:
+        phrases.append("every key up to its own")
+    if "full" in parts:
+        phrases.append("every key")
+    ready = f"compressed entries of {size(ratio)} keys each" if ratio else "compressed entries"
+    if "top-k" in parts:
+        chosen = f"the {size(dims['selected'])} selected" if "selected" in dims else "those selected"
+        phrases.append(f"{chosen} of the {ready} that are ready")
+    if "block-causal" in parts:
+        phrases.append(f"all {ready} that are ready")
+    sentence = (
+        "A query sees " + " and ".join(phrases) if phrases else "What a query sees comes with the input"
+    )
+    if phrases and "input" in parts:
+        sentence += f", as far as the {_listed(facts.get('input')) or 'mask'} from the input lets it"
+    if "padding" in parts:
+        sentence += ", but none that the padding mask hides"
+    return f"{sentence}."
+
+
 def _listed(names: object) -> str:
     if isinstance(names, str):
         return names
@@ -74,12 +104,17 @@ def worst(sites: tuple[SiteReport, ...]) -> tuple[float | None, float | None]:
     return max(forward, default=None), max(backward, default=None)
 
 
-def worth_knowing(alternatives: tuple[Alternative, ...], device: str) -> list[Alternative]:
-    """The alternatives that are made for this device: the rest were never a choice.
+def worth_knowing(site: SiteReport, device: str) -> list[Alternative]:
+    """The kernels not taken that are made for this device, or all where there is none.
 
     `kreg.registry.environment.availability` begins the reason of a kernel of other devices so.
     """
-    return [a for a in alternatives if not (a.rejected.startswith("it runs on ") and f"not on {device}" in a.rejected)]
+    here = [
+        a
+        for a in site.alternatives
+        if not (a.rejected.startswith("it runs on ") and f"not on {device}" in a.rejected)
+    ]
+    return here or ([] if site.kernel or site.verify else list(site.alternatives))
 
 
 def headline(report: Report) -> str:
@@ -88,4 +123,6 @@ def headline(report: Report) -> str:
     if not found:
         return "nothing was found to replace"
     would = "would be replaced" if report.dry_run else "replaced"
-    return f"{done} of {plural(found, 'site')} {would}" if done < found else f"all {plural(found, 'site')} {would}"
+    return (
+        f"all {found:,} sites {would}" if 1 < found == done else f"{done} of {plural(found, 'site')} {would}"
+    )

@@ -1,0 +1,5 @@
+"""``python -m kreg.cli``."""
+
+from kreg.cli.app import main
+
+main()

@@ -1,0 +1,170 @@
+"""``kreg explain``: why a site got its kernel, and why what looked like an op was left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kreg.cli import options
+from kreg.cli.models import Shape, resolve
+from kreg.cli.output import BadInput, ExitCode, running
+from kreg.cli.rewrite import Wish, analysed, chosen
+from kreg.registry.wording import did_you_mean
+from kreg.rewriters.report import NearMissReport, Report, SiteReport, wording
+from kreg.rewriters.report.fold import Fold, fold_near_misses, fold_sites
+
+LINES = 12
+"""Lines of a graph that are shown from each end."""
+
+
+def explain(
+    model: options.Model,
+    module: Annotated[
+        str | None, typer.Option("--module", metavar="PATH", help="Only what is in this module of the model.")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option("--site", metavar="ID", help="Only this site, with the nodes it replaces.")
+    ] = None,
+    device: options.Device = None,
+    seq_len: options.SeqLen = None,
+    batch: options.Batch = None,
+    dtype: options.Dtype = None,
+    dynamic: options.Dynamic = False,
+    enable: options.Enable = None,
+    disable: options.Disable = None,
+    no_verify: options.NoVerify = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Explain every choice: each site with all its candidates, each near miss with what failed."""
+    with running(json) as output:
+        output.progress(f"loading {model}")
+        subject = resolve(model, Shape.of(seq_len, batch, dtype, dynamic), device, weightless=dry_run)
+        wish = Wish(device, dynamic, chosen(enable), chosen(disable), not no_verify, dry_run)
+        report = analysed(subject, wish, output)
+        part = narrowed(report, module, site)
+        facts = {
+            "model": report.model,
+            "device": report.device,
+            "dry_run": report.dry_run,
+            "sites": [_facts(s) for s in part.sites],
+            "near_misses": [miss.model_dump() for miss in part.near_misses],
+        }
+        output.result(facts, *_shown(part, graphs=site is not None))
+        output.end(ExitCode.DONE)
+
+
+def narrowed(report: Report, module: str | None, site: str | None) -> Report:
+    """The part of a report about one module, or one site.
+
+    Raises:
+        BadInput: it has no such part.
+    """
+    sites, misses = report.sites, report.near_misses
+    if module is not None:
+        sites = tuple(s for s in sites if inside(s.module, module))
+        misses = tuple(m for m in misses if inside(m.module, module))
+        if not (sites or misses):
+            known = sorted({s.module for s in report.sites} | {m.module for m in report.near_misses})
+            raise BadInput(f"nothing in module {module!r} looked like an op{did_you_mean(module, known)}")
+    if site is not None:
+        sites, misses = tuple(s for s in sites if s.id == site), ()
+        if not sites:
+            known = [s.id for s in report.sites]
+            raise BadInput(
+                f"there is no site {site!r}{did_you_mean(site, known)}. kreg explain lists the sites"
+            )
+    return report.model_copy(update={"sites": sites, "near_misses": misses})
+
+
+def inside(path: str, module: str) -> bool:
+    """Whether a module's path is another's, or is within it."""
+    return module == "" or path == module or path.startswith(f"{module}.")
+
+
+def _facts(site: SiteReport) -> dict[str, Any]:
+    taken = [{"kernel": site.kernel, "taken": True, "reason": site.reason}] if site.kernel else []
+    others = [{"kernel": a.kernel, "taken": False, "reason": a.rejected} for a in site.alternatives]
+    return site.model_dump(exclude={"alternatives"}) | {
+        "candidates": [*taken, *others],
+        "before": [*site.before],
+        "after": [*site.after],
+    }
+
+
+def _shown(report: Report, *, graphs: bool) -> Iterator[RenderableType]:
+    yield Text.assemble(
+        (report.model, "bold"), " on ", (report.device, "bold"), ": ", wording.headline(report)
+    )
+    for fold in fold_sites(report.sites):
+        yield from _site(fold)
+        if graphs:
+            yield from _graph(fold.first)
+    misses = fold_near_misses(report.near_misses)
+    if misses:
+        yield Text("\nNear misses: what looked like an op and was left as it is", style="bold")
+    for miss in misses:
+        yield from _miss(miss)
+
+
+def _site(fold: Fold[SiteReport]) -> Iterator[RenderableType]:
+    site = fold.first
+    count = f" ×{fold.count}" if fold.count > 1 else ""
+    yield Text.assemble("\n", (wording.module(fold.module), "bold"), (count, "bold"), "  ", (site.op, "cyan"))
+    ids = ", ".join(m.id for m in fold.members[:3]) + (", ..." if fold.count > 3 else "")
+    dims = ", ".join(f"{name} {wording.size(size)}" for name, size in site.dims.items())
+    facts = [
+        ("site", ids),
+        ("mask", wording.mask_caption(site.mask, site.dims)),
+        ("dims", f"{dims}; {site.dtype}{', trains' if site.trainable else ''}"),
+        ("verified", _verified(fold.members)),
+    ]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        if value:
+            table.add_row(name, Text(value))
+    yield Padding(table, (0, 0, 0, 2))
+    if site.kernel:
+        yield _candidate("✓", "green", site.kernel, site.reason)
+    else:
+        yield _candidate("·", "yellow", "open" if site.status == "replaced" else "original code", site.reason)
+    for other in site.alternatives:
+        yield _candidate("✗", "dim", other.kernel, other.rejected)
+
+
+def _candidate(mark: str, style: str, kernel: str, reason: str) -> RenderableType:
+    return Padding(Text.assemble((f"{mark} {kernel}", style), f": {reason}"), (0, 0, 0, 2))
+
+
+def _verified(sites: tuple[SiteReport, ...]) -> str:
+    forward, backward = wording.worst(sites)
+    if forward is None:
+        return ""
+    passed = all(site.verify is None or site.verify.passed for site in sites)
+    gradients = "" if backward is None else f", of gradients {wording.error(backward)}"
+    return f"{'passed' if passed else 'failed'}: error {wording.error(forward)}{gradients}"
+
+
+def _graph(site: SiteReport) -> Iterator[RenderableType]:
+    for title, lines in (("before", site.before), ("after", site.after)):
+        if lines:
+            yield Text(f"\n  {title}: {wording.plural(len(lines), 'node')}", style="dim")
+        for line in lines if len(lines) <= 2 * LINES else (*lines[:LINES], "...", *lines[-LINES:]):
+            yield Padding(Text(line), (0, 0, 0, 4))
+
+
+def _miss(fold: Fold[NearMissReport]) -> Iterator[RenderableType]:
+    miss = fold.first
+    count = f" ×{fold.count}" if fold.count > 1 else ""
+    nodes = ", ".join(m.node for m in fold.members[:3]) + (", ..." if fold.count > 3 else "")
+    yield Text.assemble("\n", (wording.module(fold.module) + count, "bold"), "  ", (miss.op, "cyan"))
+    yield Padding(Text.assemble(("at ", "dim"), nodes), (0, 0, 0, 2))
+    yield Padding(Text(miss.reason), (0, 0, 0, 2))

@@ -1,0 +1,194 @@
+"""ExportedPrograms in and out: made functional for the pipeline, and put together again around its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymIntArgument,
+    TensorArgument,
+)
+from torch.fx import GraphModule, Node
+
+from kreg.errors import ArtifactError
+from kreg.rewriters.facts import op_nodes
+from kreg.rewriters.functional import functionalize
+from kreg.rewriters.report import Report
+from kreg.version import __version__
+
+FORMAT = 1
+"""Version of what kreg writes into a program; a reader refuses a newer one."""
+
+NOTE = "kreg"
+"""Key of kreg's entry in the metadata that a program is saved with."""
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A program, and its graph without mutation: every node in one graph, gradient switches and all."""
+
+    program: ExportedProgram
+    module: GraphModule
+    signature: ExportGraphSignature
+
+
+def functional(program: ExportedProgram) -> Functional:
+    """The program in functional, pre-dispatch ATen, with the same inputs and outputs.
+
+    Raises:
+        ArtifactError: a newer kreg made the program.
+    """
+    check_format(program)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    with torch.enable_grad():
+        module, signature = functionalize(program.graph_module, [node.meta["val"] for node in placeholders])
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for new, old in zip(inputs, placeholders, strict=True):
+        new.name = new.target = old.name
+        new.meta = {**old.meta, **new.meta}
+    module.recompile()
+    specs = program.graph_signature.input_specs
+    mutated = {
+        name: specs[signature.user_inputs.index(target)] for name, target in signature.user_inputs_to_mutate.items()
+    }
+    outputs = _output_specs(program, module, mutated)
+    return Functional(program, module, ExportGraphSignature(list(specs), outputs))
+
+
+def _output_specs(
+    program: ExportedProgram, module: GraphModule, mutated: dict[str, InputSpec]
+) -> list[OutputSpec]:
+    """New values of mutated inputs come first, then the program's own outputs."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    kinds = {InputKind.BUFFER: OutputKind.BUFFER_MUTATION, InputKind.USER_INPUT: OutputKind.USER_INPUT_MUTATION}
+    old = iter(spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT)
+    specs: list[OutputSpec] = []
+    for value in output.args[0]:
+        spec = mutated.get(value.name) if isinstance(value, Node) else None
+        if spec is None:
+            before = next(old)
+            specs.append(OutputSpec(OutputKind.USER_OUTPUT, _renamed(before.arg, value), before.target))
+        else:
+            target = spec.target if spec.kind is InputKind.BUFFER else spec.arg.name
+            kind = kinds.get(spec.kind, OutputKind.PARAMETER_MUTATION)
+            specs.append(OutputSpec(kind, TensorArgument(name=value.name), target))
+    return specs
+
+
+def _renamed(argument: Any, value: Any) -> Any:
+    if not isinstance(value, Node):
+        return argument
+    return SymIntArgument(value.name) if isinstance(argument, SymIntArgument) else TensorArgument(value.name)
+
+
+def rebuilt(functional: Functional, module: GraphModule) -> ExportedProgram:
+    """The program around another graph of the same inputs and outputs."""
+    signature = _following(functional.signature, module)
+    module, signature = replace_set_grad_with_hop_pass(module, signature)
+    program = functional.program
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _following(signature: ExportGraphSignature, module: GraphModule) -> ExportGraphSignature:
+    """The signature with the names that the outputs have now."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    specs = [
+        OutputSpec(spec.kind, _renamed(spec.arg, value), spec.target)
+        for spec, value in zip(signature.output_specs, output.args[0], strict=True)
+    ]
+    return ExportGraphSignature(list(signature.input_specs), specs)
+
+
+def note(module: GraphModule, report: Report) -> None:
+    """Writes into the op nodes what a later reader needs: the format, the version, and the report."""
+    for position, (node, _) in enumerate(op_nodes(module.graph)):
+        entry: dict[str, Any] = {"format": FORMAT, "version": __version__}
+        if position == 0:
+            entry["report"] = report.to_json(indent=None)
+        node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: entry}
+
+
+def _entries(program: ExportedProgram) -> Iterator[dict[str, Any]]:
+    for node in program.graph.nodes:
+        entry = (node.meta.get("custom") or {}).get(NOTE)
+        if entry is not None:
+            yield entry
+
+
+def check_format(program: ExportedProgram) -> None:
+    """Raises ArtifactError if a newer kreg made the program."""
+    for entry in _entries(program):
+        refuse_newer(entry["format"], entry["version"])
+
+
+def refuse_newer(found: int, version: str) -> None:
+    """Raises ArtifactError if ``found`` is a format that this kreg does not know."""
+    if found > FORMAT:
+        raise ArtifactError(
+            f"the program was made by kreg {version} (format {found}); this is kreg {__version__}, which reads "
+            f"formats up to {FORMAT}. Upgrade: pip install -U 'kreg>={version}'"
+        )
+
+
+def report_of(program: ExportedProgram) -> Report | None:
+    """The report of the rewrite that made a program; None if kreg did not."""
+    for entry in _entries(program):
+        if "report" in entry:
+            data = json.loads(entry["report"])
+            data.pop("summary", None)
+            return Report.model_validate(data)
+    return None
+
+
+_ENTRY = re.compile(r'"format\\*": (\d+), \\*"version\\*": \\*"([^"\\]+)')
+
+
+def load(path: str | os.PathLike[str]) -> ExportedProgram:
+    """``torch.export.load`` that says why a file cannot be read.
+
+    Raises:
+        ArtifactError: no such file, no such program, or one that a newer kreg made.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {str(path)!r}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".json"):
+                    for found, version in _ENTRY.findall(archive.read(name).decode("utf-8", "replace")):
+                        refuse_newer(int(found), version)
+    except zipfile.BadZipFile as error:
+        raise ArtifactError(f"{str(path)!r} is not a .pt2 archive: {error}") from error
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ArtifactError(
+            f"{str(path)!r} could not be loaded by torch {torch.__version__}: {type(error).__name__}: {reason}"
+        ) from error
