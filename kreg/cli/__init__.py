@@ -13,8 +13,8 @@ Exit codes, for scripts:
 With ``--json`` standard output holds one JSON value and nothing else; an error is ``{"error": {...}}``. What
 is being done, and warnings, go to standard error. ``KREG_DEBUG=1`` shows the traceback of an error.
 
-A command is a function in a module of its own, and a line in `kreg.cli.app`. Modules here import nothing heavy
-at the top: ``kreg --help`` and ``kreg list`` never import transformers.
+A command is a function in a module of its own, and a line in `kreg.cli.app`. Modules here import nothing
+heavy at the top: ``kreg --help`` and ``kreg list`` never import transformers.
 """
 
 from kreg.cli.app import app, main

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kreg.cli.bench import bench
 from kreg.cli.catalogue import list_kernels, show
 from kreg.cli.doctor import doctor
 from kreg.cli.explain import explain
@@ -19,6 +20,7 @@ COMMANDS = (
     ("rewrite", rewrite),
     ("explain", explain),
     ("verify", verify),
+    ("bench", bench),
     ("doctor", doctor),
 )
 """In the order of ``kreg --help``."""

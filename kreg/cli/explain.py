@@ -14,7 +14,7 @@ from rich.text import Text
 from kreg.cli import options
 from kreg.cli.models import Shape, resolve
 from kreg.cli.output import BadInput, ExitCode, running
-from kreg.cli.rewrite import Wish, analysed, chosen
+from kreg.cli.rewrite import Wish, analysed
 from kreg.registry.wording import did_you_mean
 from kreg.rewriters.report import NearMissReport, Report, SiteReport, wording
 from kreg.rewriters.report.fold import Fold, fold_near_misses, fold_sites
@@ -44,9 +44,9 @@ def explain(
 ) -> None:
     """Explain every choice: each site with all its candidates, each near miss with what failed."""
     with running(json) as output:
+        wish = Wish.of(device, dynamic, enable, disable, not no_verify, dry_run)
         output.progress(f"loading {model}")
         subject = resolve(model, Shape.of(seq_len, batch, dtype, dynamic), device, weightless=dry_run)
-        wish = Wish(device, dynamic, chosen(enable), chosen(disable), not no_verify, dry_run)
         report = analysed(subject, wish, output)
         part = narrowed(report, module, site)
         facts = {

@@ -148,10 +148,10 @@ class Output:
 
 @contextlib.contextmanager
 def running(json: bool) -> Iterator[Output]:
-    """Runs a command: its errors become messages and exit codes, and standard output is kept for JSON."""
+    """Runs a command: its errors become messages and exit codes, and standard output is for its result."""
     output = Output(json, sys.stdout)
     try:
-        with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr):  # a model's code may print: that is no result
             yield output
     except (typer.Exit, typer.Abort, KeyboardInterrupt):
         output.quiet()

@@ -12,6 +12,9 @@ import typer
 from kreg.cli import options
 from kreg.cli.models import Shape, Subject, resolve
 from kreg.cli.output import BadInput, Output, code_of, running
+from kreg.registry.catalogue import catalogue
+from kreg.registry.environment import Environment
+from kreg.registry.selection import selected, selection_from_environment
 from kreg.registry.wording import listing
 from kreg.rewriters.report import Report
 
@@ -45,16 +48,16 @@ def rewrite(
 ) -> None:
     """Find what can be replaced in a model, give each site the best kernel, verify, and report.
 
-    Without --export nothing is kept but the report. Exits with 3 if nothing was replaced, and with 1 if a site
+    Without --export nothing is kept but the report. Exits with 3 if nothing was replaced, with 1 if a site
     failed verification.
     """
     with running(json) as output:
         _check(export, report or [], dry_run, portable)
+        wish = Wish.of(device, dynamic, enable, disable, not no_verify, dry_run)
         output.progress(f"loading {model}")
         subject = resolve(model, Shape.of(seq_len, batch, dtype, dynamic), device, weightless=dry_run)
         if portable and subject.program is not None:
             raise BadInput("--portable is for models: a .pt2 file is lowered, to the kernels of --device")
-        wish = Wish(device, dynamic, chosen(enable), chosen(disable), not no_verify, dry_run)
         found = (
             analysed(subject, wish, output)
             if export is None
@@ -78,6 +81,26 @@ class Wish:
     verify: bool = True
     dry_run: bool = False
 
+    @staticmethod
+    def of(
+        device: str | None,
+        dynamic: bool,
+        enable: list[str] | None,
+        disable: list[str] | None,
+        verify: bool = True,
+        dry_run: bool = False,
+    ) -> Wish:
+        """From the command line, checked before any work is done.
+
+        Raises:
+            SelectionError: an unknown device or kernel, or kernels that exclude each other.
+        """
+        wish = Wish(device, dynamic, _names(enable), _names(disable), verify, dry_run)
+        if device is not None:
+            Environment.supposed(device) if dry_run else Environment.detect(device)
+        selected(catalogue(), *selection_from_environment(wish.enable, wish.disable))
+        return wish
+
     @property
     def common(self) -> dict[str, Any]:
         """The arguments that all of kreg's functions take."""
@@ -89,7 +112,7 @@ class Wish:
         return {"dynamic_shapes": "auto" if self.dynamic else None}
 
 
-def chosen(names: list[str] | None) -> tuple[str, ...]:
+def _names(names: list[str] | None) -> tuple[str, ...]:
     """A repeatable option; each may hold several names, separated by commas."""
     return tuple(part.strip() for name in names or [] for part in name.split(",") if part.strip())
 

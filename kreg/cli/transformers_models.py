@@ -130,8 +130,8 @@ def _refuse_too_large(model: nn.Module, folder: Path) -> None:
         return
     if needed > free:
         raise BadInput(
-            f"{str(folder)!r} needs {needed / 2**30:,.1f} GiB for its weights, and {free / 2**30:,.1f} GiB are "
-            "free: use --dry-run, which needs none, or a config with fewer layers"
+            f"{str(folder)!r} needs {needed / 2**30:,.1f} GiB for its weights, and {free / 2**30:,.1f} GiB "
+            "are free: use --dry-run, which needs none, or a config with fewer layers"
         )
 
 

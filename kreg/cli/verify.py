@@ -11,7 +11,7 @@ from rich.text import Text
 from kreg.cli import options
 from kreg.cli.models import Shape, resolve
 from kreg.cli.output import code_of, running
-from kreg.cli.rewrite import Wish, analysed, chosen
+from kreg.cli.rewrite import Wish, analysed
 from kreg.rewriters.report import Report, SiteReport, wording
 from kreg.rewriters.report.errors import tolerance_of
 from kreg.rewriters.report.table import SPARE
@@ -33,9 +33,9 @@ def verify(
     Exits with 1 if a site is off by more than its op's tolerance, and with 3 if there was nothing to verify.
     """
     with running(json) as output:
+        wish = Wish.of(device, dynamic, enable, disable)
         output.progress(f"loading {model}")
         subject = resolve(model, Shape.of(seq_len, batch, dtype, dynamic), device)
-        wish = Wish(device, dynamic, chosen(enable), chosen(disable))
         report = analysed(subject, wish, output)
         sites = [_facts(site) for site in report.sites]
         checked = [site for site in report.sites if site.verify]

@@ -13,6 +13,8 @@ from kreg.rewriters.graph import dtype_of, is_tensor, shape_of, sized
 from kreg.rewriters.notation import Expr
 
 Index = tuple[Expr, ...]
+NUMBER = "kreg_number"
+"""Key in a node's ``meta``: the value of a tensor that is one constant number."""
 LIMIT = 400
 """Expressions larger than this stay a load of their node: no rule reads anything so large."""
 
@@ -77,6 +79,8 @@ class Lifter:
     def _lift(self, node: Node, index: Index) -> Expr:
         from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
 
+        if NUMBER in node.meta:
+            return n.Const(node.meta[NUMBER])
         if node in self.opaque or node.op != "call_function":
             return load(node, index)
         if node.target in LAYOUT:

@@ -99,25 +99,35 @@ def _squeeze(node: Node, index: Index) -> Step:
     return source, tuple(n.ZERO if d in gone else next(rest) for d in range(len(shape)))
 
 
-def _slice(node: Node, index: Index) -> Step:
+def _place(at: Any, extent: int | sympy.Expr) -> Expr | None:
+    """A place along a dimension, negative ones counted from its end and clamped to its start; None if unproven."""
+    place = _scalar(0 if at is None else at)
+    if n.never_negative(place):
+        return place
+    if not n.never_negative(n.sub(n.neg(place), n.ONE)):
+        return None
+    place = n.add(place, n.size(extent))
+    if n.never_negative(place):
+        return place
+    return n.ZERO if n.never_negative(n.neg(place)) else None
+
+
+def _slice(node: Node, index: Index) -> Step | None:
     source = _source(node)
     dim = _dim(argument(node, 1, "dim", 0), len(index))
-    start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
-    first = _scalar(start)
-    if isinstance(start, int) and start < 0:
-        first = n.add(first, n.size(shape_of(source)[dim]))
-    moved = n.add(first, n.mul(n.Const(step), index[dim]))
+    first = _place(argument(node, 2, "start"), shape_of(source)[dim])
+    if first is None:
+        return None
+    moved = n.add(first, n.mul(n.Const(argument(node, 4, "step", 1)), index[dim]))
     return source, (*index[:dim], moved, *index[dim + 1 :])
 
 
-def _select(node: Node, index: Index) -> Step:
+def _select(node: Node, index: Index) -> Step | None:
     source = _source(node)
     shape = shape_of(source)
     dim = _dim(node.args[1], len(shape))  # type: ignore[arg-type]
-    at = _scalar(node.args[2])
-    if isinstance(node.args[2], int) and node.args[2] < 0:
-        at = n.add(at, n.size(shape[dim]))
-    return source, (*index[:dim], at, *index[dim:])
+    at = _place(node.args[2], shape[dim])
+    return None if at is None else (source, (*index[:dim], at, *index[dim:]))
 
 
 def _flip(node: Node, index: Index) -> Step:
@@ -325,13 +335,31 @@ def _numeric(e: Expr) -> Expr:
     return n.indicator(e) if n.is_boolean(e) else e
 
 
+_EXACT: dict[str, Callable[[Any, Any], bool]] = {
+    "less": operator.lt,
+    "at_most": operator.le,
+    "greater": operator.gt,
+    "at_least": operator.ge,
+    "equal": operator.eq,
+    "unequal": operator.ne,
+}
+
+
 def _compare(name: str, integers: Callable[[Expr, Expr], Expr]) -> Pointwise:
     """Integers compare exactly; anything else stays the named comparison."""
+
+    exact = _EXACT[name]
 
     def function(a: Expr, b: Expr) -> Expr:
         a, b = _numeric(a), _numeric(b)
         if n.is_integral(a) and n.is_integral(b):
             return integers(a, b)
+        if isinstance(a, n.Const) and isinstance(b, n.Const):
+            return n.Const(exact(a.value, b.value))
+        if n.is_choice(a) and isinstance(b, n.Const):
+            return n.choose(a, lambda x: function(x, b))
+        if n.is_choice(b) and isinstance(a, n.Const):
+            return n.choose(b, lambda x: function(a, x))
         if name in ("equal", "unequal"):
             found = n.apply("equal", a, b)
         else:
@@ -467,10 +495,9 @@ def _slice_scatter(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     if argument(node, 5, "step", 1) != 1:
         return None
     dim = _dim(argument(node, 2, "dim", 0), len(index))
-    start = argument(node, 3, "start") or 0
-    first = _scalar(start)
-    if isinstance(start, int) and start < 0:
-        first = n.add(first, n.size(shape_of(source)[dim]))  # type: ignore[arg-type]
+    first = _place(argument(node, 3, "start"), shape_of(source)[dim])  # type: ignore[arg-type]
+    if first is None:
+        return None
     own = n.sub(index[dim], first)
     inside = n.and_(n.le0(n.neg(own)), n.le0(n.add(n.sub(own, n.size(shape_of(new)[dim])), n.ONE)))  # type: ignore[arg-type]
     inner = lifter.element(new, (*index[:dim], own, *index[dim + 1 :]))  # type: ignore[arg-type]

@@ -101,8 +101,9 @@ class RewrittenCall:
         leaves = torch.utils._pytree.tree_leaves(inputs)
         if self.graphs >= GRAPHS or not all(isinstance(leaf, PLAIN) for leaf in leaves):
             return torch.compiler.set_stance("eager_on_recompile")
-        for leaf in leaves:
-            _mark_dynamic(leaf)
+        if self.settings.dynamic:
+            for leaf in leaves:
+                _mark_dynamic(leaf)
         return torch._dynamo.config.patch(specialize_float=True)
 
     def report(self) -> Report:
@@ -186,8 +187,9 @@ def example_inputs_for(model: nn.Module) -> dict[str, Any]:
 
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
-EXAMPLE_LENGTH = 320
-"""Tokens in a derived example: enough for two entries of the coarsest compression in use, 128 tokens an entry."""
+EXAMPLE_LENGTH = 384
+"""Tokens in a derived example: a multiple of 128, as most lengths in use are, and three times that, so that a
+model which compresses 128 tokens into an entry has more than one (sizes of 0 and 1 are cases of their own)."""
 
 
 def _mark_dynamic(value: Any) -> None:

@@ -289,6 +289,8 @@ def add(a: Expr, b: Expr) -> Expr:
     for x, y in ((a, b), (b, a)):
         if isinstance(x, Const) and x.value == 0:
             return y
+        if isinstance(x, Const) and is_choice(y):
+            return choose(y, lambda branch, x=x: add(x, branch))  # type: ignore[misc]
     return Apply("add", (*_flat("add", a), *_flat("add", b)))
 
 
@@ -315,6 +317,8 @@ def mul(a: Expr, b: Expr) -> Expr:
                 return where(c, mul(a, yes), mul(a, no))
             terms, constant = parts(b)
             return linear({atom: c * a.value for atom, c in terms.items()}, constant * a.value)
+        if is_choice(b):
+            return choose(b, lambda branch: mul(a, branch))
         if isinstance(b, Apply) and b.function == "mul" and isinstance(b.arguments[0], Const):
             return mul(Const(a.value * b.arguments[0].value), product(b.arguments[1:]))
         return Apply("mul", (a, *_flat("mul", b)))
@@ -323,6 +327,23 @@ def mul(a: Expr, b: Expr) -> Expr:
     rest = tuple(f for f in (*left, *right) if not isinstance(f, Const))
     joined = Apply("mul", rest)
     return mul(Const(math.prod(c.value for c in constants)), joined) if constants else joined
+
+
+def is_choice(e: Expr) -> bool:
+    """Whether the value is one of some numbers, by conditions: then arithmetic with a number is of each."""
+    match e:
+        case Apply("where", (_, yes, no)):
+            return all(isinstance(x, Const) or is_choice(x) for x in (yes, no))
+    return False
+
+
+def choose(e: Expr, function: Callable[[Expr], Expr]) -> Expr:
+    """``function`` of each number of a choice."""
+    if not is_choice(e):
+        return function(e)
+    assert isinstance(e, Apply)
+    c, yes, no = e.arguments
+    return where(c, choose(yes, function), choose(no, function))
 
 
 def product(factors: tuple[Expr, ...]) -> Expr:
@@ -372,7 +393,7 @@ def _atom_bound(atom: Expr, side: int) -> Expr | None:
             return atom
         case Apply("indicator", _):
             return ZERO if side < 0 else ONE
-        case Apply("mod", (_, divisor)):
+        case Apply("mod", (_, divisor)) if never_negative(divisor):
             return ZERO if side < 0 else sub(divisor, ONE)
         case Apply("floordiv", (value, Const(divisor))) if isinstance(divisor, int) and divisor > 0:
             limit = _bound(value, side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -37,6 +37,7 @@ class Settings:
         verify: whether sites are run old against new.
         portable: keep op nodes without kernels, also where no kernel is usable here.
         dry_run: plan only.
+        dynamic: whether a live model's graph may cover other batches and lengths than the example's.
         progress: called with a short sentence as each stage starts.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     portable: bool = False
     dry_run: bool = False
     progress: Progress = quiet
+    dynamic: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,3 @@ def _site_report(
         before=tuple(node.format_node() or node.name for node in removed),
         after=(op.format_node() or op.name,) if op is not None and replaced else (),
     )
-
-
-def with_capture_time(report: Report, seconds: float) -> Report:
-    """The report with the time that capture took."""
-    return report.model_copy(update={"seconds": report.seconds.model_copy(update={"capture": seconds})})
-
-
-__all__ = ["Clock", "Progress", "Rewritten", "Settings", "replace", "rewrite_graph", "with_capture_time"]

@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.functional import functionalize
+from kreg.rewriters.lift import NUMBER
 from kreg.rewriters.report import Report
 from kreg.version import __version__
 
@@ -63,11 +64,21 @@ def functional(program: ExportedProgram) -> Functional:
         new.meta = {**old.meta, **new.meta}
     module.recompile()
     specs = program.graph_signature.input_specs
+    written = set(signature.user_inputs_to_mutate.values())
+    for node, spec in zip(inputs, specs, strict=True):
+        value = program.constants.get(spec.target or "")
+        if spec.kind is InputKind.CONSTANT_TENSOR and _is_number(value) and node.name not in written:
+            node.meta[NUMBER] = value.item()
     mutated = {
         name: specs[signature.user_inputs.index(target)] for name, target in signature.user_inputs_to_mutate.items()
     }
     outputs = _output_specs(program, module, mutated)
     return Functional(program, module, ExportGraphSignature(list(specs), outputs))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a constant is a real tensor of one number, not a fake one that stands for any."""
+    return type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
 
 
 def _output_specs(

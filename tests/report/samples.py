@@ -55,7 +55,7 @@ def attention(layer: int, kind: str, **changes: Any) -> SiteReport:
         "before": before(layer, 57),
         "after": (
             f"%sparse_attention_{layer} : f32[1, 16, 4096, 128] = kreg.sparse_attention(%q_{layer}, "
-            f"%kv_{layer}, %compressed_{layer}, %topk_{layer}, %sinks_{layer}, scale=0.0884, window=128, kernel='{SAS}')",
+            f"%kv_{layer}, %compressed_{layer}, %topk_{layer}, %sinks_{layer}, window=128, kernel='{SAS}')",
         ),
     }
     return SiteReport(**(fields | changes))

@@ -1,8 +1,8 @@
 """Masks as pictures: which keys each query sees, drawn from what was proven about the mask.
 
-A picture is a few panels side by side, one for the keys and one for compressed entries. Each panel is a coarse
-grid: a row is a stretch of queries, a column a stretch of keys. Widths are to scale where a scale can be seen at
-all: a window of 128 over 4,096 keys is drawn two columns wide.
+A picture is a few panels side by side, one for the keys and one for compressed entries. Each panel is a
+coarse grid: a row is a stretch of queries, a column a stretch of keys. Widths are to scale where a scale can
+be seen at all: a window of 128 over 4,096 keys is drawn two columns wide.
 """
 
 from __future__ import annotations

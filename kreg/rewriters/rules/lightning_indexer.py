@@ -139,7 +139,7 @@ def _sentinel(
         if candidate.target not in (aten.where.self, aten.where.ScalarSelf, aten.masked_fill.Scalar):
             continue
         at = (batch, query, n.Var("m", shape_of(candidate)[-1]))
-        place = n.Load(picked, at, True)
+        place = context.lifter.element(picked, at)
         match context.lifter.element(candidate, at):
             case n.Apply("where", (c, n.Const(-1), kept)) if kept == place:
                 ready = n.not_(c)
