@@ -1,11 +1,13 @@
 """DeepSeek-V4 on the CPU: a small model with random weights, rewritten in place and compared with eager.
 
-    python examples/deepseek_v4.py                              # rewrite, compare, restore
-    kreg rewrite examples.deepseek_v4:model_and_inputs          # the report of the same model, on the command line
+    python examples/deepseek_v4.py                          # rewrite, compare, restore
+    kreg rewrite examples/deepseek-v4-small                 # the same model, on the command line
+    kreg rewrite examples.deepseek_v4:model_and_inputs      # likewise, from the function below
 """
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,38 +18,16 @@ import kreg
 TOKENS = int(os.environ.get("TOKENS", "1024"))
 
 
-def small_model() -> DeepseekV4ForCausalLM:
-    """One layer of each kind: a window alone, with selected compressed entries (CSA), with all ready ones (HCA)."""
-    config = DeepseekV4Config(
-        vocab_size=256,
-        hidden_size=512,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-        mlp_layer_types=["moe", "moe", "moe"],
-        num_attention_heads=16,
-        head_dim=128,
-        q_lora_rank=256,
-        o_groups=4,
-        o_lora_rank=128,
-        sliding_window=128,
-        index_n_heads=16,
-        index_head_dim=64,
-        index_topk=128,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=256,
-        max_position_embeddings=8192,
-        use_cache=False,  # a call with a cache runs the original code
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    return DeepseekV4ForCausalLM(config).eval()
-
-
 def model_and_inputs() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The model and an input: what ``kreg`` on the command line asks a function for."""
-    generator = torch.Generator().manual_seed(0)
-    return small_model(), {"input_ids": torch.randint(256, (1, TOKENS), generator=generator)}
+    """The model and an input, as the command line wants them from a function.
+
+    It has a layer of each kind: a sliding window of keys (layer 0), that and selected compressed entries (1),
+    that and every compressed entry that is ready (2).
+    """
+    config = DeepseekV4Config.from_pretrained(Path(__file__).parent / "deepseek-v4-small")
+    torch.manual_seed(0)
+    model = DeepseekV4ForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return model.eval(), {"input_ids": torch.randint(config.vocab_size, (1, TOKENS))}
 
 
 def step(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -72,7 +52,8 @@ def main() -> None:
     new_logits, new_gradients, after = step(model, **inputs)
     calls = kreg.report(model).calls
     print(f"\n{calls.rewritten} calls ran the rewritten graph, {calls.original} the original code")
-    print(f"logits differ by {relative(new_logits, logits):.1e}, gradients by {relative(new_gradients, gradients):.1e}")
+    errors = relative(new_logits, logits), relative(new_gradients, gradients)
+    print("relative error of logits {:.1e}, of gradients {:.1e}".format(*errors))
     print(f"forward and backward of {TOKENS} tokens: {before:.2f} s before, {after:.2f} s after")
 
     kreg.restore(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,6 @@ from kreg.registry.environment import Environment
 from kreg.registry.selection import selection_from_environment
 from kreg.rewriters import live, program
 from kreg.rewriters.capture import Inputs, export_model
-from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.pipeline import Clock, Progress, Settings, quiet, rewrite_graph
 from kreg.rewriters.report import Report
 from kreg.rewriters.rules import RULES, Rule
@@ -184,11 +184,19 @@ def analyse(
             captured = program.functional(model)
         name = "ExportedProgram"
     else:
-        inputs = live.example_inputs_for(model) if example_inputs is None else example_inputs
+        inputs = _without_cache(model) if example_inputs is None else example_inputs
         captured, clock = _captured(model, inputs, dynamic_shapes, progress)
         name = type(model).__name__
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)
     return done.report
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    """Derived inputs for an export: a program has no place for a cache object."""
+    inputs = live.example_inputs_for(model)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
 
 
 def program_report(exported: ExportedProgram) -> Report | None:
@@ -230,8 +238,6 @@ def _captured(
 
 def _rewritten(captured: program.Functional, settings: Settings, name: str, clock: Clock) -> ExportedProgram:
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)
-    if any(True for _ in op_nodes(done.module.graph)):
-        program.note(done.module, done.report)
-    return program.rebuilt(captured, done.module)
+    return program.finished(captured, done.module, done.report)
 
 

@@ -18,6 +18,7 @@ from kreg.cli.rewrite import Wish, analysed
 from kreg.registry.wording import did_you_mean
 from kreg.rewriters.report import NearMissReport, Report, SiteReport, wording
 from kreg.rewriters.report.fold import Fold, fold_near_misses, fold_sites
+from kreg.rewriters.report.lines import line_of
 
 LINES = 12
 """Lines of a graph that are shown from each end."""
@@ -158,7 +159,7 @@ def _graph(site: SiteReport) -> Iterator[RenderableType]:
         if lines:
             yield Text(f"\n  {title}: {wording.plural(len(lines), 'node')}", style="dim")
         for line in lines if len(lines) <= 2 * LINES else (*lines[:LINES], "...", *lines[-LINES:]):
-            yield Padding(Text(line), (0, 0, 0, 4))
+            yield Padding(Text(str(line_of(line)) if line != "..." else line), (0, 0, 0, 4))
 
 
 def _miss(fold: Fold[NearMissReport]) -> Iterator[RenderableType]:

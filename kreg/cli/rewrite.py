@@ -48,8 +48,9 @@ def rewrite(
 ) -> None:
     """Find what can be replaced in a model, give each site the best kernel, verify, and report.
 
-    Without --export nothing is kept but the report. Exits with 3 if nothing was replaced, with 1 if a site
-    failed verification.
+    Without --export nothing is kept but the report.
+
+    Exits with 3 if nothing was replaced, with 1 if a site failed verification.
     """
     with running(json) as output:
         _check(export, report or [], dry_run, portable)

@@ -79,14 +79,21 @@ def _automatic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _failure(model: nn.Module, error: BaseException) -> str:
-    reason = " ".join(str(error).split()) or "no reason given"
+    reason = first_sentences(error)
     where = failing_module(model, error.__traceback__)
     inside = f" in module {where!r}" if where else ""
     return (
         f"{type(model).__name__} could not be exported: torch.export stopped{inside} with "
-        f"{type(error).__name__}: {reason[:600]}. The model is unchanged. Try other example inputs, or "
+        f"{type(error).__name__}: {reason}. The model is unchanged. Try other example inputs, or "
         f"kreg.rewrite(model), which does not need the whole model in one graph"
     )
+
+
+def first_sentences(error: BaseException, limit: int = 400) -> str:
+    """What an exception says, on one line, without the debugging advice that torch puts after the first paragraph."""
+    paragraph = str(error).strip().split("\n\n")[0]
+    text = " ".join(paragraph.split()).rstrip(".")
+    return (text if len(text) <= limit else f"{text[:limit]} ...") or "no reason given"
 
 
 def failing_module(model: nn.Module, traceback: TracebackType | None) -> str:

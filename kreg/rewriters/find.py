@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from kreg.rewriters import notation as n
 from kreg.rewriters.lift import Lifter
 from kreg.rewriters.rules import RULES, Context, Rule
+from kreg.rewriters.rules.given import given
 from kreg.rewriters.site import NearMiss, Refused, Site
 
 log = logging.getLogger("kreg")
@@ -29,9 +30,9 @@ class Findings:
 def find(graph: Graph, rules: Sequence[Rule] | None = None) -> Findings:
     """The sites of a graph, and the anchors that are none, with the obligation that failed."""
     rules = RULES if rules is None else rules
-    sites: list[Site] = []
+    sites: list[Site] = [site for node in graph.nodes if (site := given(node)) is not None]
     misses: list[NearMiss] = []
-    producers: dict[Node, Site] = {}
+    producers: dict[Node, Site] = {output.node: site for site in sites for output in site.outputs}
     with n.sizes_within(_ranges(graph)):
         for group in _by_anchor(rules):
             context = Context(Lifter(producers), dict(producers))

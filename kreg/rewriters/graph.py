@@ -12,6 +12,9 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+NOTE = "kreg"
+"""Key of kreg's entry in the ``custom`` metadata that a node is saved with."""
+
 INERT = frozenset(
     {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 )

@@ -121,13 +121,21 @@ def _is_plain(node: Node, index: Index) -> bool:
     for extent, i in zip(shape_of(node), index, strict=True):
         if extent == 1:
             continue
-        if not isinstance(i, n.Var) and not (isinstance(i, n.Apply) and i.function == "floordiv"):
+        if not isinstance(i, n.Var) and not _is_group(i):
             return False
         high = n.upper(i)
         if high is None or n.add(high, n.ONE) != n.size(extent) or i.variables & seen:
             return False
         seen |= i.variables
     return True
+
+
+def _is_group(i: Expr) -> bool:
+    """Whether an index numbers equal runs of a variable's values."""
+    match i:
+        case n.Apply("floordiv", (n.Var(), n.Const(run))):
+            return isinstance(run, int) and run > 0
+    return False
 
 
 def _too_large(e: Expr) -> bool:

@@ -654,6 +654,11 @@ def _pow(lifter: Lifter, node: Node, index: Index) -> Expr:
 
 
 def _piece(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    source, piece = node.args
+    if isinstance(source, Node) and source.target is aten.topk.default and piece == 1:
+        values = _source(source)
+        dim = _dim(argument(source, 2, "dim", -1), len(index))
+        return n.ZERO if shape_of(values)[dim] == 1 else None  # the best of one
     step = _getitem(node, index)
     return None if step is None else lifter.element(*step)
 

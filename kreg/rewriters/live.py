@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from kreg.errors import CaptureError, KregError
 from kreg.registry.library import fallbacks
 from kreg.rewriters.backend import compile_graph
-from kreg.rewriters.capture import Inputs, failing_module, split_inputs
+from kreg.rewriters.capture import Inputs, failing_module, first_sentences, split_inputs
 from kreg.rewriters.pipeline import Settings
 from kreg.rewriters.report import Calls, Report
 
@@ -45,6 +45,7 @@ class RewrittenCall:
         self.reports: list[Report] = []
         self.calls: Counter[str] = Counter()
         self.graphs = 0
+        self.displaced = vars(model).get("_compiled_call_impl")
         self.before = Counter(fallbacks)
         self.names = tuple(inspect.signature(model.forward).parameters)
         self.compiled: Callable[..., Any] = torch.compile(model._call_impl, backend=self._backend)
@@ -77,9 +78,8 @@ class RewrittenCall:
         except Exception as error:
             where = failing_module(self.model, error.__traceback__)
             inside = f" in module {where!r}" if where else ""
-            reason = " ".join(str(error).split())[:400]
             raise CaptureError(
-                f"{type(self.model).__name__} could not be captured{inside}: {type(error).__name__}: {reason}. The "
+                f"{type(self.model).__name__} could not be captured{inside}: {type(error).__name__}: {first_sentences(error)}. The "
                 f"model is unchanged. Try other example inputs: kreg.rewrite(model, example_inputs=...)"
             ) from error
         finally:
@@ -107,14 +107,15 @@ class RewrittenCall:
         return torch._dynamo.config.patch(specialize_float=True)
 
     def report(self) -> Report:
-        """The report of the first capture that replaced something, with the calls so far."""
+        """The report of the capture that replaced most, with every capture's near misses and the calls so far."""
         if not self.reports:
             empty = Report(
                 model=type(self.model).__name__, device=self.settings.environment.device, frontend="dynamo", nodes=0
             )
             return empty.model_copy(update={"calls": self._counts()})
         first = max(self.reports, key=lambda r: sum(site.status == "replaced" for site in r.sites))
-        return first.model_copy(update={"calls": self._counts()})
+        misses = dict.fromkeys(miss for report in self.reports for miss in report.near_misses)
+        return first.model_copy(update={"calls": self._counts(), "near_misses": tuple(misses)})
 
     def _counts(self) -> Calls:
         since = fallbacks - self.before
@@ -152,16 +153,19 @@ def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) 
 
 def attached(model: nn.Module) -> RewrittenCall:
     """The rewritten call of a model; raises ValueError if it has none."""
-    call = getattr(model, "_compiled_call_impl", None)
+    call = vars(model).get("_compiled_call_impl")
     if not isinstance(call, RewrittenCall):
         raise ValueError(f"this {type(model).__name__} was not rewritten; call kreg.rewrite(model) first")
     return call
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the rewritten call out of a model again."""
-    if isinstance(getattr(model, "_compiled_call_impl", None), RewrittenCall):
-        model._compiled_call_impl = None
+    """Takes the rewritten call out of a model again, and puts back what it displaced."""
+    call = vars(model).get("_compiled_call_impl")
+    if isinstance(call, RewrittenCall):
+        del model._compiled_call_impl
+        if call.displaced is not None:
+            model._compiled_call_impl = call.displaced
 
 
 def example_inputs_for(model: nn.Module) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def example_inputs_for(model: nn.Module) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     length = min(EXAMPLE_LENGTH, int(getattr(config, "max_position_embeddings", None) or EXAMPLE_LENGTH))
     tokens = torch.randint(vocabulary, (2, length), generator=generator)
-    return {"input_ids": tokens.to(device), "use_cache": False}
+    return {"input_ids": tokens.to(device)}
 
 
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -76,6 +76,15 @@ class Structure:
     rest: tuple[Expr, ...] = ()
 
 
+def leaves_keys(s: Structure, queries: n.Sized, keys: n.Sized) -> bool:
+    """Whether causal and window masks provably leave every query a key."""
+    if s.causal and s.offset < 0:
+        return False
+    last = n.add(n.size(queries), n.Const(s.offset - 1))
+    reach = n.add(n.size(keys), n.Const(s.window - 2))
+    return not s.window or n.never_negative(n.sub(reach, last))
+
+
 def read(keep: Expr, query: Expr, key: Expr, batch: Expr | None) -> Structure:
     """Reads the structure of a condition over query and key indices."""
     causal_at: list[int] = []
@@ -85,7 +94,7 @@ def read(keep: Expr, query: Expr, key: Expr, batch: Expr | None) -> Structure:
     padding: list[Expr] = []
     rest: list[Expr] = []
     for condition in n.conjuncts(keep):
-        band = _band(condition, query, key)
+        band = _band(condition, query, key) or _first_key(condition, query, key)
         member = _member(condition, key)
         if band is not None and band[:2] == (1, -1):
             causal_at.append(-band[2])
@@ -121,6 +130,16 @@ def _band(condition: Expr, query: Expr, key: Expr) -> tuple[int, int, int] | Non
             terms, constant = n.parts(inner)
             if terms.keys() <= {query, key} and terms.keys() >= {key}:
                 return terms[key], terms.get(query, 0), constant
+    return None
+
+
+def _first_key(condition: Expr, query: Expr, key: Expr) -> tuple[int, int, int] | None:
+    """``c - query <= 0`` as a band, where there is but one key, of index 0: it may stand for ``c + 1`` positions."""
+    if not isinstance(key, n.Var) or key.size != 1:
+        return None
+    match condition:
+        case n.Apply("le0", (n.Linear(((variable, -1),), c),)) if variable == query and c > 0:
+            return c + 1, -1, c
     return None
 
 

@@ -700,6 +700,8 @@ def exists(variable: Var, body: Expr) -> Expr:
     """Whether ``body`` holds for some value of ``variable``."""
     if body == FALSE:
         return FALSE
+    if variable not in body.variables and never_negative(sub(size(variable.size), ONE)):
+        return body
     return Reduce("any", variable, body)
 
 

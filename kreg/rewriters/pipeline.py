@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment
 from kreg.registry.plan import Plan, SiteFacts, make_plan
 from kreg.rewriters import verify as verification
-from kreg.rewriters.facts import facts_of, op_nodes
+from kreg.rewriters.facts import facts_of, op_nodes, site_id
 from kreg.rewriters.find import Findings, find
 from kreg.rewriters.lowering import kernel_name, lower
 from kreg.rewriters.raising import Raised, raise_sites
@@ -103,13 +103,15 @@ def rewrite_graph(
         if len(kept) != len(findings.sites):
             raised = raise_sites(module, [] if settings.dry_run else kept)
         lowered = raised.module if settings.portable else lower(raised.module, plan)
+    after = {site_id(node): node.format_node() or node.name for node, _ in op_nodes(lowered.graph)}
     report = Report(
         model=model,
         device=settings.environment.device,
         frontend=frontend,  # type: ignore[arg-type]
         nodes=len(module.graph.nodes),
         sites=tuple(
-            _site_report(site, facts.get(site.id), plan, outcomes, raised, settings) for site in findings.sites
+            _site_report(site, facts.get(site.id), plan, outcomes, raised, after, settings)
+            for site in findings.sites
         ),
         near_misses=tuple(NearMissReport(**miss.to_json()) for miss in findings.near_misses),
         seconds=clock.seconds(),
@@ -153,7 +155,13 @@ def _holds(site: Site, plan: Plan, outcomes: Outcomes, settings: Settings) -> bo
 
 
 def _site_report(
-    site: Site, facts: SiteFacts | None, plan: Plan, outcomes: Outcomes, raised: Raised, settings: Settings
+    site: Site,
+    facts: SiteFacts | None,
+    plan: Plan,
+    outcomes: Outcomes,
+    raised: Raised,
+    after: Mapping[str, str],
+    settings: Settings,
 ) -> SiteReport:
     choice = plan.choices.get(site.id)
     outcome = outcomes.get(site.id)
@@ -165,7 +173,6 @@ def _site_report(
     if outcome is not None and outcome.reason:
         reason = outcome.reason if not replaced else f"{reason}; {outcome.reason}"
     removed = raised.removed.get(site.id, ()) if replaced else ()
-    op = raised.ops.get(site.id)
     return SiteReport(
         id=site.id,
         op=site.op.name,
@@ -183,5 +190,5 @@ def _site_report(
         ),
         nodes_replaced=len(removed),
         before=tuple(node.format_node() or node.name for node in removed),
-        after=(op.format_node() or op.name,) if op is not None and replaced else (),
+        after=(after[site.id],) if replaced and site.id in after else (),
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
@@ -26,17 +27,15 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 
 from kreg.errors import ArtifactError
-from kreg.rewriters.facts import op_nodes
+from kreg.rewriters.facts import op_nodes, site_id
 from kreg.rewriters.functional import functionalize
+from kreg.rewriters.graph import NOTE
 from kreg.rewriters.lift import NUMBER
 from kreg.rewriters.report import Report
 from kreg.version import __version__
 
 FORMAT = 1
 """Version of what kreg writes into a program; a reader refuses a newer one."""
-
-NOTE = "kreg"
-"""Key of kreg's entry in the metadata that a program is saved with."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,11 @@ def functional(program: ExportedProgram) -> Functional:
         new.meta = {**old.meta, **new.meta}
     module.recompile()
     specs = program.graph_signature.input_specs
-    written = set(signature.user_inputs_to_mutate.values())
-    for node, spec in zip(inputs, specs, strict=True):
+    written = {signature.user_inputs.index(target) for target in signature.user_inputs_to_mutate.values()}
+    for position, spec in enumerate(specs):
         value = program.constants.get(spec.target or "")
-        if spec.kind is InputKind.CONSTANT_TENSOR and _is_number(value) and node.name not in written:
-            node.meta[NUMBER] = value.item()
+        if spec.kind is InputKind.CONSTANT_TENSOR and _is_number(value) and position not in written:
+            inputs[position].meta[NUMBER] = value.item()
     mutated = {
         name: specs[signature.user_inputs.index(target)] for name, target in signature.user_inputs_to_mutate.items()
     }
@@ -135,10 +134,19 @@ def _following(signature: ExportGraphSignature, module: GraphModule) -> ExportGr
     return ExportGraphSignature(list(signature.input_specs), specs)
 
 
-def note(module: GraphModule, report: Report) -> None:
+def finished(functional: Functional, module: GraphModule, report: Report) -> ExportedProgram:
+    """The program around a rewritten graph, which remembers the report."""
+    _note(module, report)
+    program = rebuilt(functional, module)
+    _reports[program] = report
+    return program
+
+
+def _note(module: GraphModule, report: Report) -> None:
     """Writes into the op nodes what a later reader needs: the format, the version, and the report."""
+    masks = {site.id: site.mask for site in report.sites}
     for position, (node, _) in enumerate(op_nodes(module.graph)):
-        entry: dict[str, Any] = {"format": FORMAT, "version": __version__}
+        entry: dict[str, Any] = {"format": FORMAT, "version": __version__, "mask": masks.get(site_id(node))}
         if position == 0:
             entry["report"] = report.to_json(indent=None)
         node.meta["custom"] = {**node.meta.get("custom", {}), NOTE: entry}
@@ -166,8 +174,13 @@ def refuse_newer(found: int, version: str) -> None:
         )
 
 
+_reports: WeakKeyDictionary[ExportedProgram, Report] = WeakKeyDictionary()
+
+
 def report_of(program: ExportedProgram) -> Report | None:
-    """The report of the rewrite that made a program; None if kreg did not."""
+    """The report of the rewrite that made a program, without graphs if it was loaded; None if kreg did not."""
+    if program in _reports:
+        return _reports[program]
     for entry in _entries(program):
         if "report" in entry:
             data = json.loads(entry["report"])

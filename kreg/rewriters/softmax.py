@@ -93,7 +93,7 @@ class SoftmaxAttention:
     index: Index
     batch: Expr | None
     head: Expr | None
-    query: Expr
+    query: n.Var
     key: n.Var
     channel: Expr
     q: n.Load
@@ -151,6 +151,8 @@ def read(lifter: Lifter, softmax: Node) -> SoftmaxAttention:
     query, channel = index[-2:]
     weights, v, key = _weighted_values(lifter, output, index)
     place = weights.index[weights.dim]
+    if key.size == 1:
+        raise Refused("there is a single key: its weight is no choice among keys", softmax)
     if place not in (key, n.add(key, n.ONE)):
         raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
     scores = _scores(lifter, softmax, weights.index)

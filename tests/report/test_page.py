@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kreg.rewriters.report import Report
-from kreg.rewriters.report.page import line_of
+from kreg.rewriters.report.lines import line_of
 
 from .samples import attention, mixed, report
 

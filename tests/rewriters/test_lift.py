@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -77,6 +78,12 @@ def capture(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, .
                 if isinstance(symbol, sympy.Symbol):
                     sizes[symbol] = real
     return Captured(module, recorder.values, sizes)
+
+
+@cache
+def captured_case(name: str, dynamic: bool) -> Captured:
+    """The capture of one of `CASES`."""
+    return capture(CASES[name].build, CASES[name].inputs, dynamic)
 
 
 def lift(captured: Captured) -> tuple[n.Expr, tuple[n.Var, ...]]:
@@ -166,7 +173,7 @@ class Case:
     """A way to build a mask, and what it should be read as."""
 
     build: Callable[..., torch.Tensor]
-    reads: dict[str, Any] = field(default_factory=dict)
+    reads: dict[str, Any] | None = field(default_factory=dict)
     inputs: tuple[torch.Tensor, ...] = (X,)
 
 
@@ -263,13 +270,13 @@ CASES: dict[str, Case] = {
     ),
     "a mask shifted by a pad": Case(
         lambda x: nn.functional.pad(torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), (1, 0), value=True),
-        None,  # type: ignore[arg-type]
+        None,
     ),
     "a prefix seen by all": Case(
         lambda x: (torch.arange(x.shape[1]) < 3) | (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None]),
         {"rest": 1},
     ),
-    "two kinds of keys in one mask": Case(in_two_parts, None),  # type: ignore[arg-type]
+    "two kinds of keys in one mask": Case(in_two_parts, None),
     "a mask flipped": Case(
         lambda x: torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)).flip(0).flip(1), CAUSAL
     ),
@@ -282,7 +289,7 @@ CASES: dict[str, Case] = {
     "a mask stacked from rows of a cumulative sum": Case(
         lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(0)
         >= torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(1),
-        None,  # type: ignore[arg-type]
+        None,
     ),
 }
 DYNAMIC = [name for name in CASES if name not in ("padding broadcast", "padding of another number", "a triangle cut from the end")]
@@ -292,7 +299,7 @@ DYNAMIC = [name for name in CASES if name not in ("padding broadcast", "padding 
 @pytest.mark.parametrize("name", CASES)
 def test_a_mask_lifts_to_an_expression_equal_to_the_tensor(name: str, dynamic: bool) -> None:
     case = CASES[name]
-    captured = capture(case.build, case.inputs, dynamic)
+    captured = captured_case(name, dynamic)
     e, index = lift(captured)
     want = captured.values[captured.output]
     assert torch.equal(tensor_of(e, index, captured), want)
@@ -327,7 +334,7 @@ def structured(s: masks.Structure, index: tuple[n.Var, ...], captured: Captured)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.reads is not None])
 def test_what_a_mask_is_read_as_is_what_it_is(name: str, dynamic: bool) -> None:
     case = CASES[name]
-    captured = capture(case.build, case.inputs, dynamic)
+    captured = captured_case(name, dynamic)
     e, index = lift(captured)
     with n.sizes_within(_ranges(captured.module.graph)):
         keep = e if n.is_boolean(e) else masks.keep_of(e)

@@ -49,6 +49,12 @@ def band(
     return keep
 
 
+def softmax_or_zero(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension; zeros for a row in which everything is -inf."""
+    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+
+
 def reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,7 +104,7 @@ def reference(
         sink = sinks.to(acc).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, sink], dim=-1)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    weights = softmax_or_zero(scores)
     out = weights[..., : k.shape[2]] @ values
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 

@@ -80,7 +80,8 @@ def fake(
 def selected_score_error(
     arguments: Arguments, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]
 ) -> float:
-    """How far apart two selections are: the largest difference between their scores, best to worst.
+    """How far apart two selections are: the largest difference between their scores, best to worst, relative
+    to the largest score (of size 1 at least).
 
     Selections that differ only among (nearly) equal scores are (nearly) equal. An index twice, out of range,
     or not ready is an infinite error.
@@ -116,7 +117,8 @@ def selected_score_error(
     first, second = ranked(a), ranked(b)
     if first is None or second is None or not torch.equal(first.isneginf(), second.isneginf()):
         return float("inf")
-    return float((first - second).abs().nan_to_num(nan=0.0).max())
+    largest = float(scores.masked_fill(scores.isinf(), 0.0).abs().max())
+    return float((first - second).abs().nan_to_num(nan=0.0).max()) / max(1.0, largest)
 
 
 def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:

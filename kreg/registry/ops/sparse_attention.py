@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kreg.registry.op import Arguments, Dims, Op
-from kreg.registry.ops.attention import accumulation_dtype, band
+from kreg.registry.ops.attention import accumulation_dtype, band, softmax_or_zero
 
 SCHEMA = """(
     Tensor q, Tensor kv, Tensor? compressed=None, Tensor? indices=None, Tensor? sinks=None,
@@ -97,7 +97,7 @@ def reference(
         sink = sinks.to(acc).view(1, -1, 1, 1).expand(batch, -1, queries, 1)
         scores = torch.cat([scores, sink], dim=-1)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    weights = softmax_or_zero(scores)
     out = weights[..., : keys.shape[2]] @ keys
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +13,12 @@ from markupsafe import Markup
 from kreg.rewriters.report import drawing, wording
 from kreg.rewriters.report.errors import ErrorAxis, error_axis
 from kreg.rewriters.report.fold import Fold, fold_near_misses, fold_sites, split_layer
+from kreg.rewriters.report.lines import Line, line_of
 from kreg.rewriters.report.model import Alternative, Report, SiteReport
 from kreg.rewriters.report.strip import Strip, strip_of
 
 HUES = 8
 """Colours for ops; a ninth op shares the first one's."""
-
-CALL = re.compile(
-    r"%(?P<name>\S+) : (?:\[num_users=\d+\] )?= call_function\[target=(?P<target>[^\]]+)\]"
-    r"\(args = \((?P<args>.*)\), kwargs = \{(?P<kwargs>.*)\}\)"
-)
-"""A node as torch.fx writes it."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +39,6 @@ class Stage:
     name: str
     time: str
     percent: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One node of a graph: its name, what it calls, and with which arguments."""
-
-    name: str
-    target: str
-    arguments: str
 
 
 @dataclass(frozen=True)
@@ -98,6 +83,7 @@ def render(report: Report) -> str:
             replaced=sum(site.status == "replaced" for site in report.sites),
             folded=sum(site.nodes_replaced for site in report.sites if site.status == "replaced"),
             worst=wording.worst(tuple(site for site in report.sites if site.status == "replaced")),
+            kept=any(status_of(site) == "kept" for site in report.sites),
             failed=sum(site.verify is not None and not site.verify.passed for site in report.sites),
             total=wording.seconds(sum(time for _, time in wording.stage_times(report.seconds))),
             stages=_stages(report),
@@ -185,15 +171,3 @@ def _card(report: Report, fold: Fold[SiteReport], hues: dict[str, int], places: 
 def _layer(module: str) -> str:
     _, number, _ = split_layer(module)
     return wording.module(module) if number is None else str(number)
-
-
-def line_of(text: str) -> Line:
-    """A node as people write a call: ``%y = aten.add.Tensor(%x, 1)``."""
-    found = CALL.fullmatch(text.strip())
-    if found is None:
-        name, equals, rest = text.strip().partition(" = ")
-        return Line(name, "", rest) if equals and name.startswith("%") else Line("", "", text.strip())
-    target = found["target"].removeprefix("torch.ops.").removesuffix(".default")
-    arguments = found["args"].removesuffix(",")
-    named = re.sub(r"(^|, )(\w+): ", r"\1\2=", found["kwargs"])
-    return Line(f"%{found['name']}", target, f"({', '.join(part for part in (arguments, named) if part)})")

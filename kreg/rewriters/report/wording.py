@@ -77,7 +77,8 @@ def mask_caption(facts: Mapping[str, Any] | None, dims: Mapping[str, int | str])
         phrases.append("every key")
     ready = f"compressed entries of {size(ratio)} keys each" if ratio else "compressed entries"
     if "top-k" in parts:
-        chosen = f"the {size(dims['selected'])} selected" if "selected" in dims else "those selected"
+        number = dims.get("selected")
+        chosen = f"the {size(number)} selected" if isinstance(number, int) else "those selected"
         phrases.append(f"{chosen} of the {ready} that are ready")
     if "block-causal" in parts:
         phrases.append(f"all {ready} that are ready")

@@ -107,6 +107,7 @@ def _masks(found: SoftmaxAttention) -> tuple[masks.Structure, dict[str, Operand]
         for term in closed:
             keep = n.and_(keep, term.keep)
         structure = masks.read(keep, found.query, found.key, found.batch)
+    _no_empty_rows(found, structure)
     for expression, origin in biases:
         if origin is None:
             raise Refused("a term added to the scores has no tensor of its own", found.softmax)
@@ -116,6 +117,13 @@ def _masks(found: SoftmaxAttention) -> tuple[masks.Structure, dict[str, Operand]
         if expression in scores.biases and scores.scale == 0:
             raise Refused("the scores are scaled by 0", found.softmax)
     return structure, extra
+
+
+def _no_empty_rows(found: SoftmaxAttention, structure: masks.Structure) -> None:
+    """A query without keys is 0 in the op, and uniform or NaN in a softmax that no sink takes part in."""
+    queries, keys = found.query.size, found.key.size
+    if found.sinks is None and not masks.leaves_keys(structure, queries, keys):
+        raise Refused("the mask may leave a query without keys", found.softmax)
 
 
 def _is_proven(term: MaskTerm, found: SoftmaxAttention) -> bool:

@@ -48,6 +48,8 @@ def find(context: Context, anchor: Node) -> Site:
     if argument(anchor, 2, "dim", -1) not in (-1, 2) or not argument(anchor, 3, "largest", True):
         raise Refused("the top-k is not the largest along the entries", anchor)
     batch, query, entry = index = variables(source, "bsj")
+    if entry.size == 1:
+        raise Refused("there is a single entry: nothing to select", anchor)
     keep, scores = _unmasked(context.lifter.element(source, index), anchor)
     structure = masks.read(keep, query, entry, batch)
     if structure.rest or structure.padding or structure.selected or structure.window or structure.causal:

@@ -43,16 +43,19 @@ def find(context: Context, anchor: Node) -> Site:
 
     local_scores = found.scores_at(parts[0][2])
     local = masks.read(local_scores.keep, found.query, parts[0][2], found.batch)
-    if not local.causal or local.window < 1 or local.ratio or local.selected or local.rest:
+    if not local.causal or local.window < 0 or local.ratio or local.selected or local.rest:
         raise Refused("no causal window is proven over the keys", anchor)
+    if found.sinks is None and not masks.leaves_keys(local, found.query.size, parts[0][2].size):
+        raise Refused("the mask may leave a query without keys", anchor)
+    window = local.window or _all_of(found.query, local.offset, anchor)
     operands = {
         "q": arrange(
             found.q.node, found.q.index, (found.batch, found.head, found.query, found.inner), "queries"
         ).cast(result),
         "kv": keys(0, "keys"),
     }
-    attributes = {"scale": found.scores.scale, "window": local.window, "ratio": 0, "offset": local.offset}
-    facts: dict[str, object] = {"window": local.window}
+    attributes = {"scale": found.scores.scale, "window": window, "ratio": 0, "offset": local.offset}
+    facts: dict[str, object] = {"window": window}
     kind = "sliding"
     if len(parts) == 2:
         operands["compressed"] = keys(1, "compressed entries")
@@ -78,6 +81,13 @@ def find(context: Context, anchor: Node) -> Site:
         operands["sinks"] = sinks(found)
     back = arranged_back(found.output, found.index, (found.batch, found.head, found.query, found.channel))
     return Site(OP, anchor, operands, attributes, (Output(found.output, 0, back),), Mask(kind, facts))
+
+
+def _all_of(query: n.Var, offset: int, anchor: Node) -> int:
+    """A window that no query of this many reaches the end of."""
+    if not isinstance(query.size, int):
+        raise Refused("no causal window is proven over the keys", anchor)
+    return query.size + offset
 
 
 Part = tuple[Node, Index, n.Var]
@@ -108,10 +118,16 @@ def _parts(found: SoftmaxAttention) -> list[Part]:
     if node.target is aten.cat.default:
         dim = node.args[1] if len(node.args) > 1 else 0
         if dim % len(index) == place:  # type: ignore[operator]
-            pieces = [p for p in node.args[0] if shape_of(p)[place] != 0]  # type: ignore[union-attr, arg-type]
+            pieces = [p for p in node.args[0] if _is_piece(p, len(index), place)]  # type: ignore[union-attr, arg-type]
     if len(pieces) > 2:
         raise Refused(f"the keys are {len(pieces)} pieces, not one or two", node)
     return [own(piece, name) for piece, name in zip(pieces, ("t", "j"), strict=False)]
+
+
+def _is_piece(node: Node, rank: int, place: int) -> bool:
+    """Concatenation skips tensors without elements, of whatever rank: a cache before its first key is one."""
+    shape = shape_of(node)
+    return len(shape) == rank and shape[place] != 0
 
 
 def _selection(context: Context, found: SoftmaxAttention, seen: masks.Structure) -> tuple[Operand, int]:
@@ -121,10 +137,11 @@ def _selection(context: Context, found: SoftmaxAttention, seen: masks.Structure)
     producer = context.producers.get(selected.node)
     if producer is None or producer.op is not LIGHTNING_INDEXER:
         raise Refused("the selected entries are not proven to be distinct: no indexer was raised", selected.node)
-    if seen.ratio and seen.ratio != producer.attributes["ratio"]:
+    by = producer.attributes
+    if seen.ratio and (seen.ratio, seen.offset) != (by["ratio"], by["offset"]):
         raise Refused("entries are selected by another block ratio than they are masked by", selected.node)
     want = (found.batch, found.query, selected.index[-1])
-    return arrange(selected.node, selected.index, want, "selection"), producer.attributes["ratio"]
+    return arrange(selected.node, selected.index, want, "selection"), by["ratio"]
 
 
 def _padding(found: SoftmaxAttention, conditions: tuple[Expr, ...], key: n.Var, scores: Scores) -> Operand:
