@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from kreg.registry import catalogue as registry
 from kreg.registry.environment import Environment
 from kreg.registry.selection import selection_from_environment
+from kreg.registry.sources import Source
 from kreg.rewriters import live, program
 from kreg.rewriters.capture import Inputs, export_model
 from kreg.rewriters.pipeline import Clock, Progress, Settings, quiet, rewrite_graph
@@ -23,7 +24,7 @@ Device = str | torch.device | None
 Names = Iterable[str]
 
 
-def register(thing: Rule | registry.Source) -> None:
+def register(thing: Rule | Source) -> None:
     """Adds to what kreg knows in this process: a kernel's spec, a YAML file of specs, an op, or a rule.
 
     A rule is tried before those that came earlier, so that the special can precede the general.

@@ -1,4 +1,4 @@
-"""What all tests share: ``tests.models`` importable from anywhere, and one thread, as the inputs are small."""
+"""What all tests share: ``tests.models`` importable from anywhere, one thread for inputs this small."""
 
 from __future__ import annotations
 

@@ -36,11 +36,16 @@ def randomized(model: nn.Module, seed: int, std: float = 0.15) -> nn.Module:
 
 
 def deepseek_v4(
-    layers: Sequence[str] = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    layers: Sequence[str] = LAYERS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    experts: str | None = None,
+    **overrides: Any,
 ) -> nn.Module:
     """DeepSeek-V4 with the given layers, in eager attention, without a cache.
 
-    Routing is by token (``hash_moe``), so that rounding cannot send a token to other experts.
+    Routing is by token (``hash_moe``), so that rounding cannot send a token to other experts. ``experts`` is one
+    of transformers' implementations; "batched_mm" is plain PyTorch.
     """
     from transformers import AutoModelForCausalLM, DeepseekV4Config
 
@@ -72,6 +77,8 @@ def deepseek_v4(
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(DeepseekV4Config(**(options | overrides)))
+    if experts or dtype is torch.float64:  # grouped matrix products know no float64
+        model.config._experts_implementation = experts or "batched_mm"
     return randomized(model, seed).to(dtype).eval()
 
 
@@ -116,7 +123,9 @@ def gemma2(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
 def gemma3(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """One sliding layer, one causal, norms on queries and keys."""
     layers = ["sliding_attention", "full_attention"]
-    return _decoder("Gemma3TextConfig", dtype, seed, sliding_window=6, layer_types=layers, query_pre_attn_scalar=8)
+    return _decoder(
+        "Gemma3TextConfig", dtype, seed, sliding_window=6, layer_types=layers, query_pre_attn_scalar=8
+    )
 
 
 def gpt_oss(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -140,7 +149,13 @@ def gpt2(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, use_cache=False, attn_implementation="eager"
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        use_cache=False,
+        attn_implementation="eager",
     )
     return randomized(transformers.AutoModelForCausalLM.from_config(config), seed).to(dtype).eval()
 

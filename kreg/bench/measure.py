@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -38,10 +39,18 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         return None
+    _return_freed_memory()
     CLEAR.write_text("5")  # resets the high-water mark of resident memory to what is resident now
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
+
+
+def _return_freed_memory() -> None:
+    """What the allocator keeps of earlier calls would hide what this one needs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident(field: str) -> int:

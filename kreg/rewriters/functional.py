@@ -20,6 +20,7 @@ def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModu
         inputs: fake tensors, SymInts and constants, one for each of its inputs.
     """
     graph_module, signature = aot_export_module(module, list(inputs), trace_joint=False, pre_dispatch=True)
+    assert isinstance(graph_module, GraphModule)
     normalize(graph_module)
     trace_gradients(graph_module, inputs)
     return graph_module, signature
@@ -55,9 +56,22 @@ def normalize(module: GraphModule) -> None:
         elif node.target is aten.copy.default:
             _differentiable_copy(node)
         elif node.target is aten.dropout.default and (node.args[1] == 0.0 or not node.args[2]):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    module.recompile()
+
+
+def drop_idle_switches(module: GraphModule) -> None:
+    """Drops gradient switches with nothing between them and the next, or that change nothing: gradients start on."""
+    enabled = True
+    for node in list(module.graph.nodes):
+        if node.target is not torch._C._set_grad_enabled:
+            continue
+        if node.next.target is node.target or node.args[0] == enabled:
+            module.graph.erase_node(node)
+        else:
+            enabled = node.args[0]
     module.recompile()
 
 

@@ -29,12 +29,16 @@ def _dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _scalar(value: Any) -> Expr:
     return n.size(sized(value.meta["val"] if isinstance(value, Node) else value))
 
 
 def _source(node: Node) -> Node:
-    source = node.args[0]
+    source = _args(node)[0]
     assert isinstance(source, Node)
     return source
 
@@ -59,7 +63,7 @@ def _widening(node: Node, index: Index) -> Step | None:
 
 def _dropout(node: Node, index: Index) -> Step | None:
     """Dropout that is off."""
-    return (_source(node), index) if node.args[1] == 0.0 or not node.args[2] else None
+    return (_source(node), index) if _args(node)[1] == 0.0 or not _args(node)[2] else None
 
 
 def _expand(node: Node, index: Index) -> Step:
@@ -68,13 +72,13 @@ def _expand(node: Node, index: Index) -> Step:
 
 def _permute(node: Node, index: Index) -> Step:
     rank = len(index)
-    order = [_dim(d, rank) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    order = [_dim(d, rank) for d in _args(node)[1]]
     return _source(node), tuple(index[order.index(d)] for d in range(rank))
 
 
 def _transpose(node: Node, index: Index) -> Step:
     rank = len(index)
-    a, b = (_dim(d, rank) for d in node.args[1:3])  # type: ignore[arg-type]
+    a, b = (_dim(d, rank) for d in _args(node)[1:3])
     moved = list(index)
     moved[a], moved[b] = moved[b], moved[a]
     return _source(node), tuple(moved)
@@ -85,16 +89,16 @@ def _t(node: Node, index: Index) -> Step:
 
 
 def _unsqueeze(node: Node, index: Index) -> Step:
-    dim = _dim(node.args[1], len(index))  # type: ignore[arg-type]
+    dim = _dim(_args(node)[1], len(index))
     return _source(node), index[:dim] + index[dim + 1 :]
 
 
 def _squeeze(node: Node, index: Index) -> Step:
     source = _source(node)
     shape = shape_of(source)
-    dims = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = _args(node)[1] if len(_args(node)) > 1 else range(len(shape))
     dims = [dims] if isinstance(dims, int) else dims
-    gone = {d for d in (_dim(d, len(shape)) for d in dims) if shape[d] == 1}  # type: ignore[union-attr, arg-type]
+    gone = {d for d in (_dim(d, len(shape)) for d in dims) if shape[d] == 1}
     rest = iter(index)
     return source, tuple(n.ZERO if d in gone else next(rest) for d in range(len(shape)))
 
@@ -125,20 +129,20 @@ def _slice(node: Node, index: Index) -> Step | None:
 def _select(node: Node, index: Index) -> Step | None:
     source = _source(node)
     shape = shape_of(source)
-    dim = _dim(node.args[1], len(shape))  # type: ignore[arg-type]
-    at = _place(node.args[2], shape[dim])
+    dim = _dim(_args(node)[1], len(shape))
+    at = _place(_args(node)[2], shape[dim])
     return None if at is None else (source, (*index[:dim], at, *index[dim:]))
 
 
 def _flip(node: Node, index: Index) -> Step:
     source = _source(node)
-    dims = {_dim(d, len(index)) for d in node.args[1]}  # type: ignore[union-attr, arg-type]
+    dims = {_dim(d, len(index)) for d in _args(node)[1]}
     last = [n.sub(n.size(s), n.ONE) for s in shape_of(source)]
     return source, tuple(n.sub(last[d], i) if d in dims else i for d, i in enumerate(index))
 
 
 def _repeat_interleave(node: Node, index: Index) -> Step | None:
-    dim, times = argument(node, 2, "dim"), node.args[1]
+    dim, times = argument(node, 2, "dim"), _args(node)[1]
     if not isinstance(dim, int) or not isinstance(times, int):
         return None
     dim = _dim(dim, len(index))
@@ -154,7 +158,7 @@ def _repeat(node: Node, index: Index) -> Step:
 
 def _getitem(node: Node, index: Index) -> Step | None:
     """One piece of a split, a chunk or an unbind."""
-    source, piece = node.args
+    source, piece = _args(node)
     if not isinstance(source, Node) or not isinstance(piece, int):
         return None
     if source.target is aten.unbind.int:
@@ -293,10 +297,10 @@ def _constant(value: int | float) -> Pointwise:
 
 def _full(position: int) -> Pointwise:
     def rule(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-        value = node.args[position]
+        value = _args(node)[position]
         if isinstance(value, Node):
             return n.size(sized(value.meta["val"])) if not is_tensor(value) else None
-        return _typed(value, dtype_of(node))  # type: ignore[arg-type]
+        return _typed(value, dtype_of(node))
 
     return rule
 
@@ -308,7 +312,7 @@ def _typed(value: int | float, dtype: torch.dtype) -> Expr:
 
 
 def _arange(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    args = node.args
+    args = _args(node)
     start = args[0] if len(args) > 1 else 0
     step = args[2] if len(args) > 2 else 1
     if isinstance(start, float) or not isinstance(step, int):
@@ -318,9 +322,9 @@ def _arange(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 
 def _binary(function: Callable[[Expr, Expr], Expr]) -> Pointwise:
     def rule(lifter: Lifter, node: Node, index: Index) -> Expr:
-        a, b = (lifter.value(arg, index) for arg in node.args[:2])
-        alpha = node.kwargs.get("alpha", 1)
-        return function(a, b if alpha == 1 else n.mul(n.Const(alpha), b))  # type: ignore[arg-type]
+        a, b = (lifter.value(arg, index) for arg in _args(node)[:2])
+        alpha: Any = node.kwargs.get("alpha", 1)
+        return function(a, b if alpha == 1 else n.mul(n.Const(alpha), b))
 
     return rule
 
@@ -381,29 +385,29 @@ def _logical(function: Callable[[Expr, Expr], Expr]) -> Pointwise:
     def rule(lifter: Lifter, node: Node, index: Index) -> Expr | None:
         if dtype_of(node) is not torch.bool:
             return None
-        a, b = (lifter.value(arg, index) for arg in node.args[:2])
+        a, b = (lifter.value(arg, index) for arg in _args(node)[:2])
         return function(a, b)
 
     return rule
 
 
 def _logical_not(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    return n.not_(n.truth(lifter.value(node.args[0], index))) if dtype_of(node) is torch.bool else None
+    return n.not_(n.truth(lifter.value(_args(node)[0], index))) if dtype_of(node) is torch.bool else None
 
 
 def _unary(name: str) -> Pointwise:
     def rule(lifter: Lifter, node: Node, index: Index) -> Expr:
-        return n.apply(name, lifter.value(node.args[0], index))
+        return n.apply(name, lifter.value(_args(node)[0], index))
 
     return rule
 
 
 def _rsub(lifter: Lifter, node: Node, index: Index) -> Expr:
-    return n.sub(lifter.value(node.args[1], index), lifter.value(node.args[0], index))
+    return n.sub(lifter.value(_args(node)[1], index), lifter.value(_args(node)[0], index))
 
 
 def _neg(lifter: Lifter, node: Node, index: Index) -> Expr:
-    return n.neg(lifter.value(node.args[0], index))
+    return n.neg(lifter.value(_args(node)[0], index))
 
 
 def _cast(lifter: Lifter, node: Node, index: Index) -> Expr | None:
@@ -423,12 +427,12 @@ def _cast(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 
 
 def _where(lifter: Lifter, node: Node, index: Index) -> Expr:
-    c, yes, no = (lifter.value(arg, index) for arg in node.args[:3])
+    c, yes, no = (lifter.value(arg, index) for arg in _args(node)[:3])
     return n.where(c, yes, no)
 
 
 def _masked_fill(lifter: Lifter, node: Node, index: Index) -> Expr:
-    x, mask, value = (lifter.value(arg, index) for arg in node.args[:3])
+    x, mask, value = (lifter.value(arg, index) for arg in _args(node)[:3])
     return n.where(mask, value, x)
 
 
@@ -446,7 +450,7 @@ _triu = _triangle(lambda i, j, k: n.le0(n.add(n.sub(i, j), n.Const(k))))
 
 
 def _cat(lifter: Lifter, node: Node, index: Index) -> Expr:
-    tensors: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+    tensors: list[Node] = list(_args(node)[0])
     dim = _dim(argument(node, 1, "dim", 0), len(index))
     tensors = [t for t in tensors if len(shape_of(t)) == len(index) and shape_of(t)[dim] != 0]
     ends: list[Expr] = []
@@ -468,7 +472,7 @@ def _cat(lifter: Lifter, node: Node, index: Index) -> Expr:
 
 
 def _stack(lifter: Lifter, node: Node, index: Index) -> Expr:
-    tensors: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+    tensors: list[Node] = list(_args(node)[0])
     dim = _dim(argument(node, 1, "dim", 0), len(index))
     rest = index[:dim] + index[dim + 1 :]
     found = lifter.element(tensors[-1], rest)
@@ -478,37 +482,37 @@ def _stack(lifter: Lifter, node: Node, index: Index) -> Expr:
 
 
 def _pad(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    source, pads = _source(node), node.args[1]
+    source, pads = _source(node), _args(node)[1]
     value = argument(node, 2, "value", 0) or 0
     shape = shape_of(source)
     moved, inside = list(index), n.TRUE
-    for k in range(len(pads) // 2):  # type: ignore[arg-type]
+    for k in range(len(pads) // 2):
         d = len(shape) - 1 - k
-        moved[d] = n.sub(index[d], _scalar(pads[2 * k]))  # type: ignore[index]
+        moved[d] = n.sub(index[d], _scalar(pads[2 * k]))
         inside = n.and_(inside, n.le0(n.neg(moved[d])))
         inside = n.and_(inside, n.le0(n.add(n.sub(moved[d], n.size(shape[d])), n.ONE)))
     return n.where(inside, lifter.element(source, tuple(moved)), _typed(value, dtype_of(node)))
 
 
 def _slice_scatter(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    source, new = node.args[:2]
+    source, new = _args(node)[:2]
     if argument(node, 5, "step", 1) != 1:
         return None
     dim = _dim(argument(node, 2, "dim", 0), len(index))
-    first = _place(argument(node, 3, "start"), shape_of(source)[dim])  # type: ignore[arg-type]
+    first = _place(argument(node, 3, "start"), shape_of(source)[dim])
     if first is None:
         return None
     own = n.sub(index[dim], first)
-    inside = n.and_(n.le0(n.neg(own)), n.le0(n.add(n.sub(own, n.size(shape_of(new)[dim])), n.ONE)))  # type: ignore[arg-type]
-    inner = lifter.element(new, (*index[:dim], own, *index[dim + 1 :]))  # type: ignore[arg-type]
-    return n.where(inside, inner, lifter.element(source, index))  # type: ignore[arg-type]
+    inside = n.and_(n.le0(n.neg(own)), n.le0(n.add(n.sub(own, n.size(shape_of(new)[dim])), n.ONE)))
+    inner = lifter.element(new, (*index[:dim], own, *index[dim + 1 :]))
+    return n.where(inside, inner, lifter.element(source, index))
 
 
 def _scatter(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     """Elements whose place along ``dim`` is named by the indices become the value, in whichever order."""
-    base, dim, indices, value = node.args[:4]
+    base, dim, indices, value = _args(node)[:4]
     assert isinstance(base, Node) and isinstance(indices, Node)
-    dim = _dim(dim, len(index))  # type: ignore[arg-type]
+    dim = _dim(dim, len(index))
     shapes = zip(shape_of(base), shape_of(indices), strict=True)
     if any(a != b for d, (a, b) in enumerate(shapes) if d != dim):
         return None
@@ -518,26 +522,26 @@ def _scatter(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     m = n.fresh("m", shape_of(indices)[dim])
     named = lifter.element(indices, (*index[:dim], m, *index[dim + 1 :]))
     if is_tensor(value):
-        new = lifter.element(value, (*index[:dim], m, *index[dim + 1 :]))  # type: ignore[arg-type]
+        new = lifter.element(value, (*index[:dim], m, *index[dim + 1 :]))
         if m in new.variables:
             return None
     else:
-        new = _typed(value, dtype_of(node))  # type: ignore[arg-type]
+        new = _typed(value, dtype_of(node))
     return n.where(n.exists(m, n.eq0(n.sub(named, index[dim]))), new, source)
 
 
 def _gather(lifter: Lifter, node: Node, index: Index) -> Expr:
-    source, dim, indices = node.args[:3]
-    dim = _dim(dim, len(index))  # type: ignore[arg-type]
-    at = lifter.element(indices, index)  # type: ignore[arg-type]
-    return lifter.element(source, (*index[:dim], at, *index[dim + 1 :]))  # type: ignore[arg-type]
+    source, dim, indices = _args(node)[:3]
+    dim = _dim(dim, len(index))
+    at = lifter.element(indices, index)
+    return lifter.element(source, (*index[:dim], at, *index[dim + 1 :]))
 
 
 def _index(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     """Advanced indexing by adjacent integer tensors that are never negative."""
-    source, indices = _source(node), node.args[1]
-    used = [d for d, t in enumerate(indices) if t is not None]  # type: ignore[arg-type, union-attr]
-    tensors: list[Node] = [indices[d] for d in used]  # type: ignore[index]
+    source, indices = _source(node), _args(node)[1]
+    used = [d for d, t in enumerate(indices) if t is not None]
+    tensors: list[Node] = [indices[d] for d in used]
     if used != list(range(used[0], used[-1] + 1)) or any(dtype_of(t) is torch.bool for t in tensors):
         return None
     width = max(len(shape_of(t)) for t in tensors)
@@ -551,7 +555,7 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 
 
 def _cumsum(lifter: Lifter, node: Node, index: Index) -> Expr:
-    source, dim = _source(node), _dim(node.args[1], len(index))  # type: ignore[arg-type]
+    source, dim = _source(node), _dim(_args(node)[1], len(index))
     u = n.fresh("u", shape_of(source)[dim])
     body = _numeric(lifter.element(source, (*index[:dim], u, *index[dim + 1 :])))
     return n.total(u, n.where(n.le0(n.sub(u, index[dim])), body, n.ZERO))
@@ -581,7 +585,7 @@ def _diff(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 
 
 def _matmul(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    a, b = node.args[:2]
+    a, b = _args(node)[:2]
     assert isinstance(a, Node) and isinstance(b, Node)
     ranks = len(shape_of(a)), len(shape_of(b))
     if min(ranks) < 2:
@@ -600,34 +604,35 @@ def broadcast_lead(lead: Index, source: Node) -> Index:
 
 
 def _baddbmm(lifter: Lifter, node: Node, index: Index) -> Expr:
-    bias, a, b = node.args[:3]
-    k = n.fresh("k", shape_of(a)[-1])  # type: ignore[arg-type]
-    left = lifter.operand(a, (index[0], index[1], k))  # type: ignore[arg-type]
-    right = lifter.operand(b, (index[0], k, index[2]))  # type: ignore[arg-type]
-    product = n.mul(n.Const(node.kwargs.get("alpha", 1)), n.total(k, n.mul(left, right)))  # type: ignore[arg-type]
-    beta = node.kwargs.get("beta", 1)
+    bias, a, b = _args(node)[:3]
+    k = n.fresh("k", shape_of(a)[-1])
+    left = lifter.operand(a, (index[0], index[1], k))
+    right = lifter.operand(b, (index[0], k, index[2]))
+    alpha: Any = node.kwargs.get("alpha", 1)
+    product = n.mul(n.Const(alpha), n.total(k, n.mul(left, right)))
+    beta: Any = node.kwargs.get("beta", 1)
     if beta == 0:
         return product
-    return n.add(product, n.mul(n.Const(beta), lifter.value(bias, index)))  # type: ignore[arg-type]
+    return n.add(product, n.mul(n.Const(beta), lifter.value(bias, index)))
 
 
 def _einsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    equation, tensors = node.args[:2]
+    equation, tensors = _args(node)[:2]
     assert isinstance(equation, str)
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow or "." in equation or len(terms) != len(tensors):  # type: ignore[arg-type]
+    if not arrow or "." in equation or len(terms) != len(tensors):
         return None
     places: dict[str, Expr] = dict(zip(output, index, strict=True))
     summed: list[n.Var] = []
-    for term, tensor in zip(terms, tensors, strict=True):  # type: ignore[arg-type]
-        for letter, extent in zip(term, shape_of(tensor), strict=True):  # type: ignore[arg-type]
+    for term, tensor in zip(terms, tensors, strict=True):
+        for letter, extent in zip(term, shape_of(tensor), strict=True):
             if letter not in places:
                 summed.append(n.fresh(letter, extent))
                 places[letter] = summed[-1]
     body: Expr = n.Const(1.0)
-    for term, tensor in zip(terms, tensors, strict=True):  # type: ignore[arg-type]
-        body = n.mul(body, lifter.operand(tensor, tuple(places[letter] for letter in term)))  # type: ignore[arg-type]
+    for term, tensor in zip(terms, tensors, strict=True):
+        body = n.mul(body, lifter.operand(tensor, tuple(places[letter] for letter in term)))
     for variable in summed:
         body = n.total(variable, body)
     return body
@@ -646,15 +651,15 @@ def _sum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 
 
 def _softmax(lifter: Lifter, node: Node, index: Index) -> Expr:
-    return n.Softmax(node, _dim(node.args[1], len(index)), index)  # type: ignore[arg-type]
+    return n.Softmax(node, _dim(_args(node)[1], len(index)), index)
 
 
 def _pow(lifter: Lifter, node: Node, index: Index) -> Expr:
-    return n.apply("pow", lifter.value(node.args[0], index), lifter.value(node.args[1], index))
+    return n.apply("pow", lifter.value(_args(node)[0], index), lifter.value(_args(node)[1], index))
 
 
 def _piece(lifter: Lifter, node: Node, index: Index) -> Expr | None:
-    source, piece = node.args
+    source, piece = _args(node)
     if isinstance(source, Node) and source.target is aten.topk.default and piece == 1:
         values = _source(source)
         dim = _dim(argument(source, 2, "dim", -1), len(index))
@@ -666,7 +671,7 @@ def _piece(lifter: Lifter, node: Node, index: Index) -> Expr | None:
 def _off_dropout(lifter: Lifter, node: Node, index: Index) -> Expr:
     step = _dropout(node, index)
     if step is None:
-        return n.apply("dropout", lifter.value(node.args[0], index))
+        return n.apply("dropout", lifter.value(_args(node)[0], index))
     return lifter.element(*step)
 
 
@@ -731,9 +736,9 @@ SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 
 
 def _by_constant(node: Node, invert: bool = False) -> tuple[Node, float] | None:
-    source, factor = node.args[:2]
+    source, factor = _args(node)[:2]
     if is_tensor(source) and isinstance(factor, (int, float)):
-        return source, 1.0 / factor if invert else float(factor)  # type: ignore[return-value]
+        return source, 1.0 / factor if invert else float(factor)
     return None
 
 
@@ -765,5 +770,5 @@ def leads_to_structure(node: Node, depth: int = 8) -> bool:
         return True
     if node.target in CONTRACTIONS or (node.target not in POINTWISE and node.target not in LAYOUT):
         return False
-    first = node.args[0] if node.args else None
+    first = _args(node)[0] if _args(node) else None
     return isinstance(first, Node) and is_tensor(first) and leads_to_structure(first, depth - 1)

@@ -96,7 +96,7 @@ class RewrittenCall:
             return args, kwargs
         return (), named | kwargs
 
-    def _capturing(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
+    def _capturing(self, inputs: Any) -> Any:
         """Lets Dynamo capture a call it has no graph for, if there is a point in it."""
         leaves = torch.utils._pytree.tree_leaves(inputs)
         if self.graphs >= GRAPHS or not all(isinstance(leaf, PLAIN) for leaf in leaves):
@@ -147,7 +147,7 @@ def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) 
     detach(model)
     call = RewrittenCall(model, settings, inputs)
     call.capture()
-    model._compiled_call_impl = call  # type: ignore[assignment]
+    model._compiled_call_impl = call
     return call
 
 

@@ -32,7 +32,7 @@ def keep_of(e: Expr) -> Expr | None:
                 return None
             result = n.TRUE
             for k in keeps:
-                result = n.and_(result, k)  # type: ignore[arg-type]
+                result = n.and_(result, k or n.TRUE)
             return result
         case n.Apply("mul", (n.Const(value), rest)) if value <= NEGLIGIBLE:
             return _zero_one(rest)

@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 
-Sized = int | sympy.Expr
+Sized: TypeAlias = int | sympy.Expr
 """A size: a number, or an expression in the graph's symbolic sizes."""
 
 
@@ -180,7 +180,10 @@ class Softmax(Expr):
         return self._hash
 
 
-TRUE, FALSE, ZERO, ONE = Const(True), Const(False), Const(0), Const(1)
+TRUE: Expr = Const(True)
+FALSE: Expr = Const(False)
+ZERO: Expr = Const(0)
+ONE: Expr = Const(1)
 _fresh = itertools.count()
 
 
@@ -281,8 +284,8 @@ def add(a: Expr, b: Expr) -> Expr:
                 return where(c, add(yes, y), add(no, y))
         terms, constant = parts(a)
         more, extra = parts(b)
-        for atom, c in more.items():
-            terms[atom] = terms.get(atom, 0) + c
+        for atom, factor in more.items():
+            terms[atom] = terms.get(atom, 0) + factor
         return linear(terms, constant + extra)
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(a.value + b.value)
@@ -565,7 +568,7 @@ def eq0(e: Expr) -> Expr:
     if isinstance(e, Apply) and e.function == "indicator":
         return not_(e.arguments[0])
     match e:  # 1 - [p] == 0, and [p] - 1 == 0
-        case Linear(((Apply("indicator", (p,)), c),), constant) if constant == -c:
+        case Linear(((Apply("indicator", (p,)), factor),), constant) if constant == -factor:
             return p
     low, high = lower(e), upper(e)
     if (low is not None and never_negative(sub(low, ONE))) or (
@@ -690,9 +693,12 @@ def apply(function: str, *arguments: Expr) -> Expr:
 
 
 def total(variable: Var, body: Expr) -> Expr:
-    """The sum of ``body`` over ``variable``; what does not depend on it is not summed term by term."""
+    """The sum of ``body`` over ``variable``; a constant factor is taken out of it."""
     if body == ZERO:
         return ZERO
+    match body:
+        case Apply("mul", (Const() as factor, *rest)):
+            return mul(factor, Reduce("sum", variable, product(tuple(rest))))
     return Reduce("sum", variable, body)
 
 

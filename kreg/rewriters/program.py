@@ -6,15 +6,16 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
@@ -25,10 +26,11 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes, site_id
-from kreg.rewriters.functional import functionalize
+from kreg.rewriters.functional import drop_idle_switches, functionalize
 from kreg.rewriters.graph import NOTE
 from kreg.rewriters.lift import NUMBER
 from kreg.rewriters.report import Report
@@ -54,6 +56,7 @@ def functional(program: ExportedProgram) -> Functional:
         ArtifactError: a newer kreg made the program.
     """
     check_format(program)
+    _unify_sizes(program)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     with torch.enable_grad():
         module, signature = functionalize(program.graph_module, [node.meta["val"] for node in placeholders])
@@ -68,11 +71,22 @@ def functional(program: ExportedProgram) -> Functional:
         value = program.constants.get(spec.target or "")
         if spec.kind is InputKind.CONSTANT_TENSOR and _is_number(value) and position not in written:
             inputs[position].meta[NUMBER] = value.item()
-    mutated = {
-        name: specs[signature.user_inputs.index(target)] for name, target in signature.user_inputs_to_mutate.items()
-    }
+    mutated = [specs[signature.user_inputs.index(target)] for target in signature.user_inputs_to_mutate.values()]
     outputs = _output_specs(program, module, mutated)
     return Functional(program, module, ExportGraphSignature(list(specs), outputs))
+
+
+def _unify_sizes(program: ExportedProgram) -> None:
+    """Symbols that the exporter's guards say are equal become one, so that sizes made of them compare."""
+    sizes = (s for node in program.graph.nodes for s in getattr(node.meta.get("val"), "shape", ()))
+    environment: Any = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    for guard in () if environment is None else [g.expr for g in environment.guards]:
+        if not isinstance(guard, sympy.Eq):
+            continue
+        difference = environment.replace(sympy.expand(guard.lhs - guard.rhs))
+        symbols = sorted(difference.free_symbols, key=str)
+        if len(symbols) == 2 and difference in (symbols[0] - symbols[1], symbols[1] - symbols[0]):
+            environment._set_replacement(symbols[1], symbols[0], "equal by a guard")
 
 
 def _is_number(value: Any) -> bool:
@@ -81,22 +95,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _output_specs(
-    program: ExportedProgram, module: GraphModule, mutated: dict[str, InputSpec]
+    program: ExportedProgram, module: GraphModule, mutated: Sequence[InputSpec]
 ) -> list[OutputSpec]:
     """New values of mutated inputs come first, then the program's own outputs."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     kinds = {InputKind.BUFFER: OutputKind.BUFFER_MUTATION, InputKind.USER_INPUT: OutputKind.USER_INPUT_MUTATION}
-    old = iter(spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT)
+    own = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    values = output.args[0]
     specs: list[OutputSpec] = []
-    for value in output.args[0]:
-        spec = mutated.get(value.name) if isinstance(value, Node) else None
-        if spec is None:
-            before = next(old)
-            specs.append(OutputSpec(OutputKind.USER_OUTPUT, _renamed(before.arg, value), before.target))
-        else:
-            target = spec.target if spec.kind is InputKind.BUFFER else spec.arg.name
-            kind = kinds.get(spec.kind, OutputKind.PARAMETER_MUTATION)
-            specs.append(OutputSpec(kind, TensorArgument(name=value.name), target))
+    for spec, value in zip(mutated, values, strict=False):
+        target = spec.target if spec.kind is InputKind.BUFFER else spec.arg.name
+        kind = kinds.get(spec.kind, OutputKind.PARAMETER_MUTATION)
+        specs.append(OutputSpec(kind, TensorArgument(name=value.name), target))
+    for before, value in zip(own, values[len(mutated) :], strict=True):
+        specs.append(OutputSpec(OutputKind.USER_OUTPUT, _renamed(before.arg, value), before.target))
     return specs
 
 
@@ -108,8 +120,10 @@ def _renamed(argument: Any, value: Any) -> Any:
 
 def rebuilt(functional: Functional, module: GraphModule) -> ExportedProgram:
     """The program around another graph of the same inputs and outputs."""
+    drop_idle_switches(module)
     signature = _following(functional.signature, module)
-    module, signature = replace_set_grad_with_hop_pass(module, signature)
+    module, passed = replace_set_grad_with_hop_pass(module, signature)
+    signature = passed or signature
     program = functional.program
     return ExportedProgram(
         root=module,
@@ -117,11 +131,54 @@ def rebuilt(functional: Functional, module: GraphModule) -> ExportedProgram:
         graph_signature=signature,
         state_dict=program.state_dict,
         range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
+        module_call_graph=[_loadable(entry) for entry in program.module_call_graph],
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+class Outputs(dict[str, Any]):
+    """Named outputs, by name, as attributes or by position, like those of the library that the model came from."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+pytree.register_pytree_node(
+    Outputs,
+    lambda outputs: (list(outputs.values()), list(outputs)),
+    lambda values, names: Outputs(zip(names, values, strict=True)),
+    serialized_type_name="kreg.Outputs",
+    to_dumpable_context=list,
+    from_dumpable_context=list,
+)
+
+_LOADED_WITH_TORCH = frozenset({"builtins", "collections", "torch", "kreg"})
+
+
+def _loadable(entry: ModuleCallEntry) -> ModuleCallEntry:
+    """A call signature without the output classes of other libraries, which would have to be imported to load it."""
+    if entry.fqn or entry.signature is None:
+        return entry
+    return replace(entry, signature=replace(entry.signature, out_spec=_own(entry.signature.out_spec)))
+
+
+def _own(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    if spec.is_leaf():
+        return spec
+    children = [_own(child) for child in spec.children()]
+    names = spec.context
+    foreign = spec.type.__module__.partition(".")[0] not in _LOADED_WITH_TORCH
+    if foreign and isinstance(names, list) and len(names) == len(children) and all(isinstance(n, str) for n in names):
+        return pytree.TreeSpec(Outputs, names, children)
+    return pytree.TreeSpec(spec.type, names, children)
 
 
 def _following(signature: ExportGraphSignature, module: GraphModule) -> ExportGraphSignature:

@@ -95,6 +95,7 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
         node = graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
         node.meta["val"] = infer(node)
+        node.meta["trains"] = any(source.meta.get("trains", False) for source in node.all_input_nodes)
         return node
 
     def apply(node: Node, calls: Calls) -> Node:

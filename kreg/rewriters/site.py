@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,12 +143,22 @@ def arrange(node: Node, index: Index, want: tuple[n.Expr | None, ...], what: str
     strays = [d for d in left if shape_of(node)[d] != 1]
     if strays:
         raise Refused(f"dimension {strays[0]} of the {what} does not line up with the other operands", node)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [(aten.squeeze.dim, (d,)) for d in sorted(left, reverse=True)]
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (aten.slice.Tensor, (d, 0, extent)) for d, extent in _fewer(node, index)
+    ]
+    calls.extend((aten.squeeze.dim, (d,)) for d in sorted(left, reverse=True))
     permutation = [d - sum(gone < d for gone in left) for d in order if d is not None]
     if permutation != sorted(permutation):
         calls.append((aten.permute.default, (permutation,)))
     calls.extend((aten.unsqueeze.default, (d,)) for d, place in enumerate(order) if place is None)
     return Operand(node, tuple(calls))
+
+
+def _fewer(node: Node, index: Index) -> Iterator[tuple[int, int]]:
+    """Dimensions of which an index reads a first part only, and its length."""
+    for d, (extent, i) in enumerate(zip(shape_of(node), index, strict=True)):
+        if isinstance(i, n.Var) and isinstance(i.size, int) and i.size != extent:
+            yield d, i.size
 
 
 def arranged_back(node: Node, index: Index, have: tuple[n.Expr | None, ...]) -> Calls:

@@ -35,6 +35,7 @@ WEIGHTS = frozenset(
     {
         *(aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten._to_copy.default, aten.to.dtype),
         *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+        *(aten.add.Tensor, aten.sub.Tensor),
     }
 )
 """What may stand between the softmax and the product with the values, likewise."""
@@ -118,7 +119,7 @@ def is_attention(softmax: Node) -> bool:
 def _from_product(node: Node, depth: int) -> bool:
     if node.op != "call_function" or depth == 0:
         return False
-    if node.target in CONTRACTIONS:
+    if node.target in CONTRACTIONS or node.target is aten.baddbmm.default:
         return True
     if node.target is aten.cat.default:
         return any(_from_product(piece, depth - 1) for piece in node.args[0])  # type: ignore[union-attr, arg-type]
@@ -147,9 +148,8 @@ def read(lifter: Lifter, softmax: Node) -> SoftmaxAttention:
     index = variables(output, "bhsd" if len(shape_of(output)) == 4 else "hsd")
     if len(index) not in (3, 4):
         raise Refused(f"the product with the values has {len(index)} dimensions, not 3 or 4", output)
-    batch, head = (index[0], index[1]) if len(index) == 4 else (None, index[0])
-    query, channel = index[-2:]
     weights, v, key = _weighted_values(lifter, output, index)
+    batch, head, query, channel = _roles(index, weights, v, output)
     place = weights.index[weights.dim]
     if key.size == 1:
         raise Refused("there is a single key: its weight is no choice among keys", softmax)
@@ -182,7 +182,7 @@ def _consumer(softmax: Node) -> Node:
 
 
 def _active(dropout: Node) -> bool:
-    return dropout.args[1] != 0.0 and bool(dropout.args[2])
+    return bool(dropout.args[1] != 0.0 and dropout.args[2])
 
 
 def _factors(e: Expr) -> tuple[Expr, ...]:
@@ -201,6 +201,30 @@ def _weighted_values(lifter: Lifter, output: Node, index: Index) -> tuple[n.Soft
         name = odd.function if isinstance(odd, n.Apply) else type(odd).__name__.lower()
         raise Refused(f"between the softmax and the values there is more than a product ({name})", output)
     return weights[0], values[0], found.variable
+
+
+def _roles(
+    index: tuple[n.Var, ...], weights: n.Softmax, v: n.Load, output: Node
+) -> tuple[n.Var | None, n.Var, n.Var, n.Var]:
+    """Which dimension of the result is which; any choice is right that keeps queries from the values.
+
+    As most code lays them out where that holds, else by what they index: weights are batch, head, query, key.
+    """
+    *outer, head, query, channel = index
+    rows = [i for i in weights.index if isinstance(i, n.Var) and i in index]
+    in_order = not {head, query} <= set(rows) or rows.index(head) < rows.index(query)
+    if in_order and channel not in rows and query not in v.variables:
+        return (outer[0] if outer else None), head, query, channel
+    channels = [i for i in index if i not in rows and i in v.variables]
+    if len(channels) != 1:
+        raise Refused("the product with the values does not end in one dimension of the values", output)
+    rest = [i for i in index if i not in rows and i not in channels]
+    order = [*rest, *rows]
+    queries = [i for i in order if i not in v.variables]
+    if not queries:
+        raise Refused("the values depend on the query", output)
+    *outer, head = (i for i in order if i != queries[-1])
+    return (outer[0] if outer else None), head, queries[-1], channels[0]
 
 
 def _place(weights: n.Softmax, key: n.Var, at: Expr) -> Index:

@@ -107,7 +107,8 @@ def _symints(value: Any) -> list[torch.SymInt]:
     if isinstance(value, torch.SymInt):
         return [value] if not value.node.expr.is_Integer else []
     if isinstance(value, torch.Tensor):
-        return [s for s in value.shape if isinstance(s, torch.SymInt)]
+        sizes: list[Any] = list(value.shape)
+        return [s for s in sizes if isinstance(s, torch.SymInt)]
     return []
 
 
@@ -161,7 +162,7 @@ def _old(module: GraphModule, site: Site, inner: list[Node], sizes: Sizes) -> Ru
         elif node in wanted and not _is_number(node):
             copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
             copies[node].args = _widened(copies[node].args)
-            copies[node].kwargs = _widened(copies[node].kwargs)
+            copies[node].kwargs = _widened(copies[node].kwargs) | _made_in_double(node)
     graph.output(tuple(copies[output.node] for output in site.outputs))
     run = GraphModule(torch.nn.Module(), graph)
 
@@ -189,6 +190,16 @@ def _widened(arguments: Any) -> Any:
         return argument
 
     return torch.utils._pytree.tree_map(widen, arguments)
+
+
+def _made_in_double(node: Node) -> dict[str, Any]:
+    """The dtype for an operator that makes floats out of nothing, where it names none."""
+    value = node.meta.get("val")
+    if node.all_input_nodes or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return {}
+    schema = getattr(node.target, "_schema", None)
+    takes = schema is not None and any(a.name == "dtype" and a.kwarg_only for a in schema.arguments)
+    return {"dtype": torch.float64} if takes else {}
 
 
 def _judge(value: Any) -> Any:

@@ -53,15 +53,21 @@ class _Recorder(Interpreter):
         return self.values[node]
 
 
-def capture(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dynamic: bool = False) -> Captured:
+def capture(
+    function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dynamic: bool = False
+) -> Captured:
     """Exports and functionalises a function."""
 
     class Module(nn.Module):
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             return function(*args)
 
-    shapes = tuple({d: Dim.AUTO for d in range(t.dim()) if t.shape[d] > 1} for t in inputs) if dynamic else None
-    exported = torch.export.export(Module(), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False)
+    shapes = (
+        tuple({d: Dim.AUTO for d in range(t.dim()) if t.shape[d] > 1} for t in inputs) if dynamic else None
+    )
+    exported = torch.export.export(
+        Module(), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False
+    )
     module = program.functional(exported).module
     given = iter(inputs)
     values = []
@@ -179,12 +185,16 @@ class Case:
 
 CAUSAL = {"causal": True}
 CASES: dict[str, Case] = {
-    "a triangle of ones": Case(lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), CAUSAL),
+    "a triangle of ones": Case(
+        lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), CAUSAL
+    ),
     "a triangle of floats": Case(lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1])) != 0, CAUSAL),
     "what is not in the upper triangle": Case(
         lambda x: ~torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), diagonal=1), CAUSAL
     ),
-    "an upper triangle of -inf": Case(lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1), CAUSAL),
+    "an upper triangle of -inf": Case(
+        lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1), CAUSAL
+    ),
     "a triangle cut from a larger one": Case(sliced_buffer, CAUSAL),
     "a triangle one to the right": Case(
         lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1] + 1, dtype=torch.bool), diagonal=1),
@@ -201,7 +211,9 @@ CASES: dict[str, Case] = {
     "a triangle cut from further than its end": Case(
         lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))[-100:], CAUSAL
     ),
-    "positions compared": Case(lambda x: torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1]), CAUSAL),
+    "positions compared": Case(
+        lambda x: torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1]), CAUSAL
+    ),
     "positions compared the other way round": Case(
         lambda x: torch.logical_not(torch.arange(x.shape[1]) > torch.arange(x.shape[1]).view(-1, 1)), CAUSAL
     ),
@@ -229,27 +241,36 @@ CASES: dict[str, Case] = {
         {"causal": True, "window": 4},
     ),
     "a window by exclusive or of fills": Case(
-        lambda x: torch.full((x.shape[1], x.shape[1]), 0.0)
-        .masked_fill(band(x.shape[1], x.shape[1]) > 0, INF)
-        .masked_fill(band(x.shape[1], x.shape[1]) < -3, INF),
+        lambda x: (
+            torch.full((x.shape[1], x.shape[1]), 0.0)
+            .masked_fill(band(x.shape[1], x.shape[1]) > 0, INF)
+            .masked_fill(band(x.shape[1], x.shape[1]) < -3, INF)
+        ),
         {"causal": True, "window": 4},
     ),
     "two additive masks": Case(
-        lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1)
-        + torch.where(band(x.shape[1], x.shape[1]) > -4, 0.0, INF),
+        lambda x: (
+            torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1)
+            + torch.where(band(x.shape[1], x.shape[1]) > -4, 0.0, INF)
+        ),
         {"causal": True, "window": 4},
     ),
     "no mask at all": Case(lambda x: torch.zeros(x.shape[1], x.shape[1]), {}),
     "padding looked up by index": Case(
         transformers_style, {"causal": True, "window": 4, "padding": 1}, (X, PADDING)
     ),
-    "padding broadcast": Case(lambda x, mask: mask.bool()[:, None, None, :].expand(-1, 1, Q, -1), {"padding": 1}, (X, PADDING)),
-    "padding of another number": Case(lambda x, mask: (mask == 0)[:, None, :].expand(-1, Q, -1), {"padding": 1}, (X, PADDING)),
+    "padding broadcast": Case(
+        lambda x, mask: mask.bool()[:, None, None, :].expand(-1, 1, Q, -1), {"padding": 1}, (X, PADDING)
+    ),
+    "padding of another number": Case(
+        lambda x, mask: (mask == 0)[:, None, :].expand(-1, Q, -1), {"padding": 1}, (X, PADDING)
+    ),
     "documents packed by an input": Case(packed, {"rest": 1}, (DOCUMENTS,)),
     "one document, by default positions": Case(default_positions, CAUSAL),
     "compressed entries that are ready": Case(compressed, {"ratio": 4}),
     "compressed entries counted from the queries": Case(
-        lambda x: (torch.arange(x.shape[1] // 4) + 1) * 4 <= torch.arange(x.shape[1])[:, None] + 1, {"ratio": 4}
+        lambda x: (torch.arange(x.shape[1] // 4) + 1) * 4 <= torch.arange(x.shape[1])[:, None] + 1,
+        {"ratio": 4},
     ),
     "compressed entries by their last position": Case(
         lambda x: torch.arange(x.shape[1] // 4) * 4 + 3 <= torch.arange(x.shape[1])[:, None], {"ratio": 4}
@@ -266,14 +287,18 @@ CASES: dict[str, Case] = {
         (SCORES,),
     ),
     "chunks": Case(
-        lambda x: (torch.arange(x.shape[1]) // 4 == torch.arange(x.shape[1])[:, None] // 4), {"rest": 1}
+        lambda x: torch.arange(x.shape[1]) // 4 == torch.arange(x.shape[1])[:, None] // 4, {"rest": 1}
     ),
     "a mask shifted by a pad": Case(
-        lambda x: nn.functional.pad(torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), (1, 0), value=True),
+        lambda x: nn.functional.pad(
+            torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), (1, 0), value=True
+        ),
         None,
     ),
     "a prefix seen by all": Case(
-        lambda x: (torch.arange(x.shape[1]) < 3) | (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None]),
+        lambda x: (
+            (torch.arange(x.shape[1]) < 3) | (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None])
+        ),
         {"rest": 1},
     ),
     "two kinds of keys in one mask": Case(in_two_parts, None),
@@ -281,24 +306,30 @@ CASES: dict[str, Case] = {
         lambda x: torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)).flip(0).flip(1), CAUSAL
     ),
     "a mask gathered by places": Case(
-        lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))[torch.arange(x.shape[1])], CAUSAL
+        lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))[torch.arange(x.shape[1])],
+        CAUSAL,
     ),
     "a mask repeated over heads": Case(
         lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)).repeat(2, 1, 1), CAUSAL
     ),
     "a mask stacked from rows of a cumulative sum": Case(
-        lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(0)
-        >= torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(1),
+        lambda x: (
+            torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(0)
+            >= torch.ones(x.shape[1], x.shape[1], dtype=torch.int64).cumsum(1)
+        ),
         None,
     ),
 }
-DYNAMIC = [name for name in CASES if name not in ("padding broadcast", "padding of another number", "a triangle cut from the end")]
+DYNAMIC = [
+    name
+    for name in CASES
+    if name not in ("padding broadcast", "padding of another number", "a triangle cut from the end")
+]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_mask_lifts_to_an_expression_equal_to_the_tensor(name: str, dynamic: bool) -> None:
-    case = CASES[name]
     captured = captured_case(name, dynamic)
     e, index = lift(captured)
     want = captured.values[captured.output]
@@ -346,7 +377,11 @@ def test_what_a_mask_is_read_as_is_what_it_is(name: str, dynamic: bool) -> None:
     if dynamic and name not in DYNAMIC:
         return
     said = {
-        key: value if isinstance(value, (bool, int)) else len(value) if isinstance(value, tuple) else value is not None
+        key: value
+        if isinstance(value, (bool, int))
+        else len(value)
+        if isinstance(value, tuple)
+        else value is not None
         for key in ("causal", "window", "offset", "ratio", "selected", "padding", "rest")
         if (value := getattr(found, key))
     }

@@ -42,6 +42,7 @@ def test_every_site_is_replaced_and_verified_in_both_directions(rewritten: nn.Mo
     assert report.summary == {
         "lightning_indexer": {"found": 1, "replaced": 1},
         "sparse_attention": {"found": 1, "replaced": 1},
+        "grouped_matmul": {"found": 2, "replaced": 2},
     }
     (attention,) = (site for site in report.sites if site.op == "sparse_attention")
     assert attention.verify is not None and attention.verify.passed

@@ -117,8 +117,8 @@ def _parts(found: SoftmaxAttention) -> list[Part]:
     pieces = [node]
     if node.target is aten.cat.default:
         dim = node.args[1] if len(node.args) > 1 else 0
-        if dim % len(index) == place:  # type: ignore[operator]
-            pieces = [p for p in node.args[0] if _is_piece(p, len(index), place)]  # type: ignore[union-attr, arg-type]
+        if dim % len(index) == place:
+            pieces = [p for p in node.args[0] if _is_piece(p, len(index), place)]
     if len(pieces) > 2:
         raise Refused(f"the keys are {len(pieces)} pieces, not one or two", node)
     return [own(piece, name) for piece, name in zip(pieces, ("t", "j"), strict=False)]
