@@ -2,7 +2,7 @@
 
     setup   make .venv and install what constraints.txt pins; done once, and again when the pins change
     demo    set up; rewrite a small DeepSeek-V4 on the CPU, then export and reload it
-    test    set up; ruff, mypy, pytest (further arguments go to pytest)
+    test    set up; ruff, mypy, pytest (further arguments go to pytest: -m slow runs the full sweeps)
 
 It needs Python 3.11 or newer with venv and pip, and nothing else.
 """

@@ -41,11 +41,7 @@ def facts_of(node: Node, op: Op) -> SiteFacts:
         dims={name: described(size) for name, size in dims.items()},
         attributes={name: value for name, value in known.items() if name not in dims},
         dtype=values[first].dtype,
-        trainable=any(
-            argument.meta.get("trains", False)
-            for name, argument in arguments.items()
-            if name in op.differentiable and isinstance(argument, Node)
-        ),
+        trainable=bool(node.meta.get("trains", False)),
     )
 
 

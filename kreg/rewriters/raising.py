@@ -116,7 +116,7 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
         if isinstance(value, Node) or name not in defaults or defaults[name] != value
     }
     op = call(overload(site.op), *tensors, **attributes, **({"kernel": kernel} if kernel else {}))
-    op.meta[SITE] = site.id
+    op.meta |= {SITE: site.id, "trains": site.trains}
 
     def result(position: int) -> Node:
         return op if site.op.outputs == 1 else call(operator.getitem, op, position)

@@ -93,6 +93,11 @@ class Site:
         return module_path(self.anchor)
 
     @property
+    def trains(self) -> bool:
+        """Whether gradients flow through the site's results."""
+        return any(output.node.meta.get("trains", False) for output in self.outputs)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first operand: the one that kernels are chosen by."""
         first = next(iter(self.operands.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,12 +253,8 @@ def _compare(
     passed = tolerance.accepts(error, _scale(want[0]))
     worst: float | None = None
     if leaves and got[0].requires_grad:
-        weights = torch.randn(want[0].shape, generator=generator, dtype=torch.float64)
-        finite = torch.isfinite(want[0].detach())
-        a = torch.autograd.grad((got[0].double() * weights)[finite].sum(), [mine[n] for n in leaves], allow_unused=True)
-        b = torch.autograd.grad((want[0] * weights)[finite].sum(), [judge[n] for n in leaves], allow_unused=True)
         worst = 0.0
-        for x, y in zip(a, b, strict=True):
+        for x, y in _gradients(got[0], want[0], [(mine[n], judge[n]) for n in leaves], generator):
             difference, scale = _gradient_error(x, y)
             worst = max(worst, difference)
             passed = passed and tolerance.accepts(difference, scale)
@@ -267,6 +263,25 @@ def _compare(
         return Outcome(result, "")
     found = f"error {error:.2g}" + ("" if worst is None else f", gradients {worst:.2g}")
     return Outcome(result, f"failed verification in {str(site.dtype).removeprefix('torch.')}: {found}")
+
+
+Gradient = torch.Tensor | None
+
+
+def _gradients(
+    got: torch.Tensor,
+    want: torch.Tensor,
+    leaves: list[tuple[torch.Tensor, torch.Tensor]],
+    generator: torch.Generator,
+) -> Iterator[tuple[Gradient, Gradient]]:
+    """Gradients of one random weighting of the finite results, new beside old."""
+    weights = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    finite = torch.isfinite(want.detach())
+    with torch.enable_grad():  # the caller may have switched gradients off
+        losses = (got.double() * weights)[finite].sum(), (want * weights)[finite].sum()
+        new = torch.autograd.grad(losses[0], [leaf for leaf, _ in leaves], allow_unused=True)
+        old = torch.autograd.grad(losses[1], [leaf for _, leaf in leaves], allow_unused=True)
+    yield from zip(new, old, strict=True)
 
 
 def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """DeepSeek-V4, one layer of each type: every site raised, and forward and gradients as in eager.
 
 Eager in float64 is the judge: kreg may be off by twice what eager in the same dtype is off by, plus the op's
-tolerance. Where a gradient is a few numbers, eager's own error is luck: its average over parameters counts.
+tolerance. One run of eager may be close by luck, where a gradient is a few numbers or terms cancel; so eager also
+runs with weights changed in their last bit, and the worst of these runs counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 import kreg
-from kreg.registry.op import DEFAULT_TOLERANCES
 from kreg.registry.ops import SPARSE_ATTENTION
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.graph import is_tensor
@@ -108,6 +108,17 @@ def run(module: nn.Module, inputs: Tensors, gradients: bool) -> tuple[torch.Tens
     }
 
 
+def last_bits_changed(model: nn.Module, seed: int) -> nn.Module:
+    """The model with each weight off by up to one rounding of its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            parameter.mul_(1 + torch.finfo(parameter.dtype).eps * noise)
+    return changed
+
+
 def assert_as_good_as_eager(it: Exported, inputs: Tensors, gradients: bool = True) -> None:
     """kreg's logits and gradients are no further from float64 than eager's, up to slack and tolerance."""
     dtype = next(it.model.parameters()).dtype
@@ -116,25 +127,16 @@ def assert_as_good_as_eager(it: Exported, inputs: Tensors, gradients: bool = Tru
     exact_model.config._experts_implementation = "eager"  # grouped matrix products know no float64
     with InDouble():
         judge = run(exact_model, inputs, gradients)
-    eager = run(it.model, inputs, gradients)
+    eager = [run(it.model, inputs, gradients)]
+    eager += [run(last_bits_changed(it.model, seed), inputs, gradients) for seed in range(3)]
     mine = run(it.program.module(), inputs, gradients)
-    assert mine[1].keys() == eager[1].keys()
-    usual_error = sum(_relative(eager[1][name], exact) for name, exact in judge[1].items()) / max(
-        1, len(judge[1])
-    )
-    triples = {"logits": (mine[0], eager[0], judge[0])}
-    triples |= {name: (mine[1][name], eager[1][name], judge[1][name]) for name in judge[1]}
-    for name, (got, usual, exact) in triples.items():
-        assert got.dtype == usual.dtype == dtype and got.shape == usual.shape
-        error, allowed = (float((x.double() - exact).abs().max()) for x in (got, usual))
-        scale = float(exact.abs().max())
-        limit = SLACK * max(allowed, usual_error * scale) + tolerance.atol + tolerance.rtol * scale
-        assert error <= limit, f"{name}: {error:.3g} from float64, eager {allowed:.3g}"
-
-
-def _relative(got: torch.Tensor, exact: torch.Tensor) -> float:
-    scale = float(exact.abs().max())
-    return float((got.double() - exact).abs().max()) / scale if scale else 0.0
+    assert mine[1].keys() == judge[1].keys()
+    for name, exact in {"logits": judge[0], **judge[1]}.items():
+        got, *usual = (found[0] if name == "logits" else found[1][name] for found in (mine, *eager))
+        assert got.dtype == dtype and got.shape == exact.shape
+        error, *allowed = (float((x.double() - exact).abs().max()) for x in (got, *usual))
+        limit = SLACK * max(allowed) + tolerance.atol + tolerance.rtol * float(exact.abs().max())
+        assert error <= limit, f"{name}: {error:.3g} from float64, eager {allowed}"
 
 
 def sites(report: Report) -> list[tuple[str, str, str]]:
@@ -358,12 +360,21 @@ def test_other_weights(seed: int) -> None:
     assert_as_good_as_eager(it, {"input_ids": tokens(BATCH, S, seed)})
 
 
+class _Routing(list[str]):
+    """A list that may be part of a cache's key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+
+_ROUTING = _Routing(["hash_moe", "moe", "moe", "moe", "moe"])
+
+
 @pytest.mark.slow
 def test_layers_of_one_type_in_a_row_are_each_raised() -> None:
     layers = (SLIDING, CSA, CSA, HCA, HCA)
-    it = exported(layers, mlp_layer_types=("hash_moe", "moe", "moe", "moe", "moe"))
+    it = exported(layers, mlp_layer_types=_ROUTING)
     assert sites(it.report) == expected_sites(layers)
-    assert DEFAULT_TOLERANCES[torch.float32] == SPARSE_ATTENTION.tolerances[torch.float32]
     inputs = {"input_ids": tokens(BATCH, S)}
     with torch.no_grad():
         assert float((it.program.module()(**inputs).logits - it.model(**inputs).logits).abs().max()) < 1e-4

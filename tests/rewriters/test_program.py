@@ -28,7 +28,7 @@ def made(name: str, portable: bool = False) -> tuple[nn.Module, ExportedProgram]
         model = llama()
         inputs: dict[str, Any] = {"input_ids": tokens(2, 11)}
         return model, kreg.export(model, inputs, dynamic_shapes="auto", portable=portable)
-    model = deepseek_v4((CSA,), experts="batched_mm")  # see the last test
+    model = deepseek_v4((CSA,))
     return model, kreg.export(model, {"input_ids": tokens(2, 45)}, portable=portable)
 
 
@@ -220,9 +220,6 @@ def test_an_archive_that_holds_no_program_gives_torchs_reason(tmp_path: Path) ->
         program.load(tmp_path / "empty.pt2")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="experts call an operator that transformers defines, until MoE is an op of kreg's"
-)
 def test_a_program_holds_no_operator_that_another_library_defines() -> None:
     exported = kreg.export(deepseek_v4((CSA,)), {"input_ids": tokens(2, 45)})
     calls = [node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator
 
 
 class _Value(BaseModel):
@@ -18,6 +19,11 @@ class Verification(_Value):
     passed: bool
     max_error: float
     max_grad_error: float | None = None
+
+    @field_validator("max_error", mode="before")
+    @classmethod
+    def _infinite(cls, value: Any) -> Any:
+        return math.inf if value is None else value  # JSON has no infinity, and writes null
 
 
 class Alternative(_Value):
