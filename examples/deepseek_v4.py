@@ -1,8 +1,8 @@
 """DeepSeek-V4 on the CPU: a small model with random weights, rewritten in place and compared with eager.
 
-    python examples/deepseek_v4.py                          # rewrite, compare, restore
-    kreg rewrite examples/deepseek-v4-small                 # the same model, on the command line
-    kreg rewrite examples.deepseek_v4:model_and_inputs      # likewise, from the function below
+python examples/deepseek_v4.py                          # rewrite, compare, restore
+kreg rewrite examples/deepseek-v4-small                 # the same model, on the command line
+kreg rewrite examples.deepseek_v4:model_and_inputs      # likewise, from the function below
 """
 
 import os

@@ -1,6 +1,6 @@
 """An op, a rule and a kernel of one's own, outside the package: SwiGLU in a small Llama.
 
-    python examples/own_op.py
+python examples/own_op.py
 """
 
 import torch
@@ -35,9 +35,7 @@ SWIGLU = kreg.Op(
     fake=lambda gate, up: torch.empty_like(gate),
     samples=samples,
     # floating-point operations and bytes moved, for the plan's estimates
-    work=lambda dims, attributes: tuple(
-        n * dims["batch"] * dims["tokens"] * dims["features"] for n in (5.0, 12.0)
-    ),
+    work=lambda dims, attributes: tuple(n * dims["batch"] * dims["tokens"] * dims["features"] for n in (5.0, 12.0)),
     source="Shazeer 2020, GLU Variants Improve Transformer",
 )
 

@@ -240,5 +240,3 @@ def _captured(
 def _rewritten(captured: program.Functional, settings: Settings, name: str, clock: Clock) -> ExportedProgram:
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)
     return program.finished(captured, done.module, done.report)
-
-

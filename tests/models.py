@@ -44,7 +44,7 @@ def deepseek_v4(
 ) -> nn.Module:
     """DeepSeek-V4 with the given layers, in eager attention, without a cache.
 
-    Routing is by token (``hash_moe``), so that rounding cannot send a token to other experts. ``experts`` is one
+    Routing is by token (``hash_moe``), so rounding cannot send a token to other experts. ``experts`` is one
     of transformers' implementations; "batched_mm" is plain PyTorch.
     """
     from transformers import AutoModelForCausalLM, DeepseekV4Config

@@ -86,9 +86,7 @@ def test_kernels_are_reached_by_their_entries_only(path: Path) -> None:
 def test_no_code_names_a_model(path: Path) -> None:
     """Docstrings, comments and where an op comes from may; what decides may not."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    sources = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "source"
-    }
+    sources = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "source"}
     passed_over = prose(tree) | sources
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in passed_over:

@@ -228,7 +228,11 @@ def _work(model: nn.Module) -> dict[str, float]:
         if site.status != "replaced" or not all(isinstance(v, int) for v in site.dims.values()):
             continue
         mask = dict(site.mask or {})
-        attributes = {"window": mask.get("window", 0), "ratio": mask.get("ratio", 0), "causal": "causal" in str(mask)}
+        attributes = {
+            "window": mask.get("window", 0),
+            "ratio": mask.get("ratio", 0),
+            "causal": "causal" in str(mask),
+        }
         operations, _ = catalogue().op(site.op).work(site.dims, attributes)
         total[site.op] = total.get(site.op, 0.0) + operations
     return total

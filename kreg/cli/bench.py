@@ -16,13 +16,9 @@ from kreg.cli.models import Shape, resolve
 from kreg.cli.output import BadInput, Output, running
 from kreg.rewriters.report.table import SPARE
 
-Lengths = Annotated[
-    list[int] | None, typer.Option("--seq-len", min=1, help="Tokens; repeatable. Default: 1024.")
-]
+Lengths = Annotated[list[int] | None, typer.Option("--seq-len", min=1, help="Tokens; repeatable. Default: 1024.")]
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="Repeatable. Default: float32.")]
-Steps = Annotated[
-    list[str] | None, typer.Option("--step", help="forward or training; repeatable. Default: forward.")
-]
+Steps = Annotated[list[str] | None, typer.Option("--step", help="forward or training; repeatable. Default: forward.")]
 Baselines = Annotated[
     list[str] | None,
     typer.Option("--baseline", help="eager or inductor; repeatable. Default: both. 'none' for neither."),
@@ -66,9 +62,7 @@ def bench(
 
         todo = cases(seq_len or [1024], dtype or ["float32"], steps)
         results = []
-        for result in run(
-            todo, build, device or "cpu", baselines=wanted, rounds=rounds, progress=output.progress
-        ):
+        for result in run(todo, build, device or "cpu", baselines=wanted, rounds=rounds, progress=output.progress):
             results.append(result)
             _report_row(output, result)
         output.result([asdict(r) for r in results], *_shown(results, wanted))

@@ -104,9 +104,7 @@ def facts_of(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> dict[str
     }
 
 
-def _listed(
-    known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int
-) -> Iterator[RenderableType]:
+def _listed(known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int) -> Iterator[RenderableType]:
     if not rows:
         yield Text("No kernel matches.", style="yellow")
     for op in dict.fromkeys(spec.op for spec, _ in rows):
@@ -181,9 +179,7 @@ def _shown(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> Iterator[R
     for name, value in facts:
         table.add_row(name, value)
     if reasons:
-        table.add_row(
-            "available", Group(Text("no", style="yellow"), *(Text(f"- {reason}") for reason in reasons))
-        )
+        table.add_row("available", Group(Text("no", style="yellow"), *(Text(f"- {reason}") for reason in reasons)))
     else:
         table.add_row("available", Text("yes", style="green"))
     yield Padding(table, (0, 0, 0, 2))

@@ -92,11 +92,7 @@ def devices_here() -> list[DeviceFacts]:
 def _each(kind: str) -> list[str]:
     """A device type, or each of its devices where there are several."""
     module = getattr(torch, kind, None)
-    count = (
-        module.device_count()
-        if kind != "cpu" and module is not None and hasattr(module, "device_count")
-        else 1
-    )
+    count = module.device_count() if kind != "cpu" and module is not None and hasattr(module, "device_count") else 1
     return [f"{kind}:{i}" for i in range(count)] if count > 1 else [kind]
 
 
@@ -138,10 +134,7 @@ def _shown(
 ) -> Iterator[RenderableType]:
     yield Text("Versions", style="bold")
     yield _grid(
-        [
-            (name, Text(version) if version else Text("not installed", "dim"))
-            for name, version in packages.items()
-        ]
+        [(name, Text(version) if version else Text("not installed", "dim")) for name, version in packages.items()]
     )
     yield Text("\nDevices", style="bold")
     yield _grid([(d.device, _device(d)) for d in devices])

@@ -78,9 +78,7 @@ def narrowed(report: Report, module: str | None, site: str | None) -> Report:
         sites, misses = tuple(s for s in sites if s.id == site), ()
         if not sites:
             known = [s.id for s in report.sites]
-            raise BadInput(
-                f"there is no site {site!r}{did_you_mean(site, known)}. kreg explain lists the sites"
-            )
+            raise BadInput(f"there is no site {site!r}{did_you_mean(site, known)}. kreg explain lists the sites")
     return report.model_copy(update={"sites": sites, "near_misses": misses})
 
 
@@ -100,9 +98,7 @@ def _facts(site: SiteReport) -> dict[str, Any]:
 
 
 def _shown(report: Report, *, graphs: bool) -> Iterator[RenderableType]:
-    yield Text.assemble(
-        (report.model, "bold"), " on ", (report.device, "bold"), ": ", wording.headline(report)
-    )
+    yield Text.assemble((report.model, "bold"), " on ", (report.device, "bold"), ": ", wording.headline(report))
     for fold in fold_sites(report.sites):
         yield from _site(fold)
         if graphs:

@@ -37,9 +37,7 @@ class Shape:
     def of(seq_len: int | None, batch: int | None, dtype: str | None, dynamic: bool = False) -> Shape:
         """From the command line; raises BadInput for an unknown dtype."""
         if dtype is not None and dtype not in DTYPES:
-            raise BadInput(
-                f"--dtype {dtype!r} is not known{did_you_mean(dtype, DTYPES)}. Known: {listing(DTYPES)}"
-            )
+            raise BadInput(f"--dtype {dtype!r} is not known{did_you_mean(dtype, DTYPES)}. Known: {listing(DTYPES)}")
         return Shape(seq_len, batch, getattr(torch, dtype) if dtype else None, dynamic)
 
     def refuse(self, what: str, *names: str) -> None:
@@ -84,9 +82,7 @@ def resolve(text: str, shape: Shape, device: str | None = None, *, weightless: b
     """
     path = Path(text)
     if path.suffix == ".pt2":
-        shape.refuse(
-            "a .pt2 file, which has its inputs already", "--seq-len", "--batch", "--dtype", "--dynamic"
-        )
+        shape.refuse("a .pt2 file, which has its inputs already", "--seq-len", "--batch", "--dtype", "--dynamic")
         program = load(path)
         made = report_of(program)
         return Subject(made.model if made else path.stem, program)
@@ -115,9 +111,7 @@ def _called(text: str, shape: Shape) -> Subject:
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:  # importing runs foreign code, which may raise anything
-        raise BadInput(
-            f"{text!r}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise BadInput(f"{text!r}: module {module!r} cannot be imported: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             hint = did_you_mean(part, [name for name in vars(found) if callable(getattr(found, name))])
@@ -129,9 +123,7 @@ def _called(text: str, shape: Shape) -> Subject:
         made = found()
     except Exception as error:  # foreign code
         raise BadInput(f"{text!r} failed: {type(error).__name__}: {error}") from error
-    wanted = (
-        f"{text!r} should return (model, example_inputs): an nn.Module, and a tuple or a dict of its inputs"
-    )
+    wanted = f"{text!r} should return (model, example_inputs): an nn.Module, and a tuple or a dict of its inputs"
     if not isinstance(made, tuple) or len(made) != 2:
         raise BadInput(f"{wanted}; it returned {_described(made)}")
     model, inputs = made

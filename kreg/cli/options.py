@@ -31,14 +31,10 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16, float16 or float64. Default: what the model says."),
 ]
-Dynamic = Annotated[
-    bool, typer.Option("--dynamic", help="Make batch and sequence dynamic, where the model allows it.")
-]
+Dynamic = Annotated[bool, typer.Option("--dynamic", help="Make batch and sequence dynamic, where the model allows it.")]
 Enable = Annotated[
     list[str] | None,
-    typer.Option(
-        "--enable", metavar="KERNEL", help="Prefer a kernel, or a pattern such as 'mindspeed.*'. Repeatable."
-    ),
+    typer.Option("--enable", metavar="KERNEL", help="Prefer a kernel, or a pattern such as 'mindspeed.*'. Repeatable."),
 ]
 Disable = Annotated[
     list[str] | None,

@@ -135,14 +135,10 @@ class Output:
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         kind = type(error).__name__ if expected else "InternalError"
         if self.json:
-            self.text(
-                json_.dumps({"error": {"type": kind, "message": message, "exit_code": int(code)}}, indent=2)
-            )
+            self.text(json_.dumps({"error": {"type": kind, "message": message, "exit_code": int(code)}}, indent=2))
         self.errors.print(Text.assemble(("Error: ", "bold red"), message))
         if not expected:
-            self.errors.print(
-                Text("This is a fault of kreg or of the model's code. KREG_DEBUG=1 shows where.", "dim")
-            )
+            self.errors.print(Text("This is a fault of kreg or of the model's code. KREG_DEBUG=1 shows where.", "dim"))
         raise typer.Exit(int(code))
 
 
@@ -160,9 +156,7 @@ def running(json: bool) -> Iterator[Output]:
         output.fail(error, ExitCode.NOT_CAPTURED)
     except KregError as error:
         output.fail(error, ExitCode.BAD_INPUT)
-    except (
-        Exception
-    ) as error:  # the last resort: what is left is a fault, and a traceback helps only who asks
+    except Exception as error:  # the last resort: what is left is a fault, and a traceback helps only who asks
         output.fail(error, ExitCode.FAILED)
 
 

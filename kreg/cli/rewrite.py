@@ -60,9 +60,7 @@ def rewrite(
         if portable and subject.program is not None:
             raise BadInput("--portable is for models: a .pt2 file is lowered, to the kernels of --device")
         found = (
-            analysed(subject, wish, output)
-            if export is None
-            else _exported(subject, wish, output, export, portable)
+            analysed(subject, wish, output) if export is None else _exported(subject, wish, output, export, portable)
         )
         _save(found, report or [])
         output.report(found)
@@ -162,9 +160,7 @@ def _exported(subject: Subject, wish: Wish, output: Output, path: Path, portable
 def _check(export: Path | None, reports: list[Path], dry_run: bool, portable: bool) -> None:
     """Raises BadInput for what would fail only after the work is done."""
     if export is not None and dry_run:
-        raise BadInput(
-            "--export and --dry-run exclude each other: a dry run replaces nothing that could be saved"
-        )
+        raise BadInput("--export and --dry-run exclude each other: a dry run replaces nothing that could be saved")
     if portable and export is None:
         raise BadInput("--portable says how to export: give --export PATH too")
     if export is not None and export.suffix != ".pt2":

@@ -59,9 +59,7 @@ def _config(transformers: Any, folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types
         which = f"transformers {transformers.__version__}"
-        raise BadInput(
-            f"{str(folder / 'config.json')!r} cannot be used by {which}: {_short(error)}"
-        ) from error
+        raise BadInput(f"{str(folder / 'config.json')!r} cannot be used by {which}: {_short(error)}") from error
     for part in (config, config.get_text_config()):
         part.use_cache = False  # a cache is state, and a captured graph has none
     return config
@@ -79,9 +77,7 @@ def _model(transformers: Any, config: Any, dtype: torch.dtype, folder: Path) -> 
         else:
             made = transformers.AutoModel.from_config(config, **options)
     except Exception as error:  # transformers raises many types
-        raise BadInput(
-            f"the model of {str(folder / 'config.json')!r} cannot be built: {_short(error)}"
-        ) from error
+        raise BadInput(f"the model of {str(folder / 'config.json')!r} cannot be built: {_short(error)}") from error
     return made
 
 
@@ -103,12 +99,8 @@ def example(model: nn.Module, shape: Shape) -> dict[str, torch.Tensor]:
     if main == "input_ids":
         text = config.get_text_config()
         most = getattr(text, "max_position_embeddings", None) or SEQ_LEN
-        tokens = torch.randint(
-            text.vocab_size, (batch, shape.seq_len or min(SEQ_LEN, most)), generator=generator
-        )
-        decoder = (
-            {"decoder_input_ids": tokens.clone()} if getattr(config, "is_encoder_decoder", False) else {}
-        )
+        tokens = torch.randint(text.vocab_size, (batch, shape.seq_len or min(SEQ_LEN, most)), generator=generator)
+        decoder = {"decoder_input_ids": tokens.clone()} if getattr(config, "is_encoder_decoder", False) else {}
         return {"input_ids": tokens} | decoder
     size = getattr(config, "image_size", None)
     if main == "pixel_values" and size:

@@ -131,9 +131,7 @@ class RunningSoftmax:
             self.lse.copy_(sinks.unsqueeze(1).expand_as(self.lse))
         self.empty = True
 
-    def merge(
-        self, part: torch.Tensor, part_lse: torch.Tensor, start: int = 0, stop: int | None = None
-    ) -> None:
+    def merge(self, part: torch.Tensor, part_lse: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
         """Merge a part's output [heads, rows, dim] and lse [heads, rows], for some of the tile's rows."""
         every = stop is None or (start == 0 and stop == self.lse.shape[1])
         if self.empty and not every:

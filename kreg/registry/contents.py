@@ -40,9 +40,7 @@ class Contents:
         self._check_free("kernel", spec.name, where)
         if spec.op not in self.ops:
             hint = hint_of(spec.op, self.ops)
-            raise SpecError(
-                f"{where}: kernel {spec.name!r}: field 'op' is {spec.op!r}, not a registered op{hint}"
-            )
+            raise SpecError(f"{where}: kernel {spec.name!r}: field 'op' is {spec.op!r}, not a registered op{hint}")
         names = facts_names(self.ops[spec.op])
         for number, text in enumerate(spec.constraints):
             try:

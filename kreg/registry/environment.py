@@ -203,9 +203,7 @@ def _package_problem(requirement: Requirement, packages: Packages) -> str | None
     if version is None:
         return f"package {requirement.name} is not installed: {_install(requirement)}"
     try:
-        fits = version == UNKNOWN_VERSION or requirement.specifier.contains(
-            Version(version), prereleases=True
-        )
+        fits = version == UNKNOWN_VERSION or requirement.specifier.contains(Version(version), prereleases=True)
     except InvalidVersion:  # a vendor's own scheme: there, at least
         fits = True
     if fits:

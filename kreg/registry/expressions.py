@@ -41,9 +41,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.GtE: ">=",
 }
 
-ALLOWED = (
-    "numbers, names, + - * / // % **, comparisons, and, or, not, in (...), not in (...), min(...), max(...)"
-)
+ALLOWED = "numbers, names, + - * / // % **, comparisons, and, or, not, in (...), not in (...), min(...), max(...)"
 
 
 @dataclass(frozen=True)

@@ -270,4 +270,6 @@ def _backward_schema(op: Op) -> str:
             f"attributes may be {', '.join(_SCHEMA_TYPES)}, and tensors must be listed in `tensors`"
         )
     attributes = "".join(f"{_SCHEMA_TYPES[kinds[name]]} {name}, " for name in op.attributes)
-    return f"(Tensor?[] grads, Tensor?[] tensors, Tensor[] outputs, bool[] needs, *, {attributes}str kernel) -> Tensor[]"
+    return (
+        f"(Tensor?[] grads, Tensor?[] tensors, Tensor[] outputs, bool[] needs, *, {attributes}str kernel) -> Tensor[]"
+    )

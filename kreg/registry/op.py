@@ -142,9 +142,7 @@ class Op:
                 continue
             parts = names.split()
             if tensor.dim() != len(parts):
-                raise ValueError(
-                    f"{self.name}: {name} should be [{', '.join(parts)}], got shape {list(tensor.shape)}"
-                )
+                raise ValueError(f"{self.name}: {name} should be [{', '.join(parts)}], got shape {list(tensor.shape)}")
             for part, size in zip(parts, tensor.shape, strict=True):
                 dim = part.removeprefix("1|")
                 if part != dim and size == 1:

@@ -171,9 +171,7 @@ def _preferring(options: Options, enabled: set[str]) -> Options:
     return options.without({name: reason for name in options.candidates if name not in enabled})
 
 
-def _notes(
-    wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue
-) -> tuple[str, ...]:
+def _notes(wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue) -> tuple[str, ...]:
     notes = []
     for name in wanted:
         if name in usable:

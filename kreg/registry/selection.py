@@ -62,8 +62,6 @@ def _matches(catalogue: Catalogue, patterns: Iterable[str], argument: str) -> tu
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             hint = did_you_mean(pattern, names)
-            raise SelectionError(
-                f"{argument}: no kernel is called {pattern!r}{hint}. Known: {listing(names)}"
-            )
+            raise SelectionError(f"{argument}: no kernel is called {pattern!r}{hint}. Known: {listing(names)}")
         found |= dict.fromkeys(matching)
     return tuple(found)

@@ -89,14 +89,10 @@ def _file(path: Traversable, where: str) -> tuple[Item, ...]:
         raise SpecError(f"{where}: is not YAML: {error}") from None
     if not isinstance(content, list):
         raise SpecError(f"{where}: a YAML list of specs is expected, found {type(content).__name__}")
-    return tuple(
-        KernelSpec.read(fields, f"{where}, item {number}") for number, fields in enumerate(content, 1)
-    )
+    return tuple(KernelSpec.read(fields, f"{where}, item {number}") for number, fields in enumerate(content, 1))
 
 
-def kernel(
-    *, op: str, name: str, backward: Callable[..., Any] | str | None = None, **fields: Any
-) -> Callable[[F], F]:
+def kernel(*, op: str, name: str, backward: Callable[..., Any] | str | None = None, **fields: Any) -> Callable[[F], F]:
     """Register the decorated function as a kernel; it is returned unchanged.
 
     Args:

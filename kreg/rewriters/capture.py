@@ -37,9 +37,7 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     )
 
 
-def export_model(
-    model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None
-) -> ExportedProgram:
+def export_model(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = None) -> ExportedProgram:
     """``torch.export.export`` with the model left as it was, whatever happens.
 
     Args:

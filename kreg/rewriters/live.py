@@ -110,7 +110,10 @@ class RewrittenCall:
         """The report of the capture that replaced most, with every capture's near misses and the calls so far."""
         if not self.reports:
             empty = Report(
-                model=type(self.model).__name__, device=self.settings.environment.device, frontend="dynamo", nodes=0
+                model=type(self.model).__name__,
+                device=self.settings.environment.device,
+                frontend="dynamo",
+                nodes=0,
             )
             return empty.model_copy(update={"calls": self._counts()})
         first = max(self.reports, key=lambda r: sum(site.status == "replaced" for site in r.sites))

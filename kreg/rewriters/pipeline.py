@@ -79,9 +79,7 @@ class Clock:
         return Seconds.model_validate(self.spent)
 
 
-def rewrite_graph(
-    module: GraphModule, settings: Settings, *, model: str, frontend: str, clock: Clock
-) -> Rewritten:
+def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, frontend: str, clock: Clock) -> Rewritten:
     """Finds the sites of a captured graph, gives each a kernel, and replaces those that hold up."""
     settings.progress("finding sites")
     with clock.stage("raise"):
@@ -110,8 +108,7 @@ def rewrite_graph(
         frontend=frontend,  # type: ignore[arg-type]
         nodes=len(module.graph.nodes),
         sites=tuple(
-            _site_report(site, facts.get(site.id), plan, outcomes, raised, after, settings)
-            for site in findings.sites
+            _site_report(site, facts.get(site.id), plan, outcomes, raised, after, settings) for site in findings.sites
         ),
         near_misses=tuple(NearMissReport(**miss.to_json()) for miss in findings.near_misses),
         seconds=clock.seconds(),

@@ -94,12 +94,13 @@ def _is_number(value: Any) -> bool:
     return type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
 
 
-def _output_specs(
-    program: ExportedProgram, module: GraphModule, mutated: Sequence[InputSpec]
-) -> list[OutputSpec]:
+def _output_specs(program: ExportedProgram, module: GraphModule, mutated: Sequence[InputSpec]) -> list[OutputSpec]:
     """New values of mutated inputs come first, then the program's own outputs."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
-    kinds = {InputKind.BUFFER: OutputKind.BUFFER_MUTATION, InputKind.USER_INPUT: OutputKind.USER_INPUT_MUTATION}
+    kinds = {
+        InputKind.BUFFER: OutputKind.BUFFER_MUTATION,
+        InputKind.USER_INPUT: OutputKind.USER_INPUT_MUTATION,
+    }
     own = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     values = output.args[0]
     specs: list[OutputSpec] = []

@@ -69,9 +69,7 @@ def _loosen_views(ops: Iterable[Node]) -> None:
                 pending.append(user)
 
 
-def _removed(
-    sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]
-) -> dict[str, tuple[Node, ...]]:
+def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]) -> dict[str, tuple[Node, ...]]:
     counted: set[Node] = set()
     removed: dict[str, tuple[Node, ...]] = {}
     for site in sites:

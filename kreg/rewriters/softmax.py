@@ -24,7 +24,14 @@ from kreg.rewriters.site import Refused
 DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
 LOGITS = frozenset(
     {
-        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+        *(
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.mul.Tensor,
+            aten.div.Tensor,
+            aten.mul.Scalar,
+            aten.div.Scalar,
+        ),
         *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
         *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tanh.default, aten.baddbmm.default),
         *(aten.clamp.default, aten._to_copy.default, aten.to.dtype),
@@ -33,7 +40,14 @@ LOGITS = frozenset(
 """What may stand between the product with the keys and the softmax, for the softmax to be an anchor."""
 WEIGHTS = frozenset(
     {
-        *(aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten._to_copy.default, aten.to.dtype),
+        *(
+            aten.mul.Tensor,
+            aten.div.Tensor,
+            aten.mul.Scalar,
+            aten.div.Scalar,
+            aten._to_copy.default,
+            aten.to.dtype,
+        ),
         *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
         *(aten.add.Tensor, aten.sub.Tensor),
     }
@@ -159,7 +173,22 @@ def read(lifter: Lifter, softmax: Node) -> SoftmaxAttention:
     sinks = _sink(lifter, softmax, weights, key, scores)
     q, k, inner = _product(scores.product, query, key, output)
     return SoftmaxAttention(
-        lifter, softmax, weights, output, index, batch, head, query, key, channel, q, k, v, inner, scores, sinks
+        lifter,
+        softmax,
+        weights,
+        output,
+        index,
+        batch,
+        head,
+        query,
+        key,
+        channel,
+        q,
+        k,
+        v,
+        inner,
+        scores,
+        sinks,
     )
 
 

@@ -215,9 +215,7 @@ def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
     copies = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
-        copies[node].meta["val"] = torch.empty(
-            sizes.shape(node), dtype=node.meta["val"].dtype, device="meta"
-        )
+        copies[node].meta["val"] = torch.empty(sizes.shape(node), dtype=node.meta["val"].dtype, device="meta")
     attributes = {
         name: sizes.number(value.meta["val"]) if isinstance(value, Node) else value
         for name, value in site.attributes.items()
@@ -234,9 +232,7 @@ def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
     return new
 
 
-def _compare(
-    site: Site, old: Run, new: Run, values: Values, trains: bool, generator: torch.Generator
-) -> Outcome:
+def _compare(site: Site, old: Run, new: Run, values: Values, trains: bool, generator: torch.Generator) -> Outcome:
     op = site.op
     leaves = {
         operand.node: name
@@ -304,6 +300,3 @@ def _arguments(site: Site, values: Mapping[Node, Any]) -> dict[str, Any]:
     tensors = {name: _apply(values[o.node], o.calls) for name, o in site.operands.items()}
     attributes = {name: v for name, v in site.attributes.items() if not isinstance(v, Node)}
     return tensors | attributes
-
-
-

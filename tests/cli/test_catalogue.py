@@ -69,9 +69,7 @@ def test_an_error_is_json_too(kreg: Kreg) -> None:
     ended = kreg("show", "nobody.nothing", "--json")
     assert ended.code == 2
     error = ended.json["error"]
-    assert (
-        error["type"] == "SelectionError" and error["exit_code"] == 2 and "nobody.nothing" in error["message"]
-    )
+    assert error["type"] == "SelectionError" and error["exit_code"] == 2 and "nobody.nothing" in error["message"]
 
 
 def test_show_tells_what_is_declared_and_where(kreg: Kreg) -> None:

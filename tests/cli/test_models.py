@@ -35,9 +35,7 @@ def test_a_folder_with_a_config_is_built_with_random_weights(kreg: Kreg, tmp_pat
     assert {(s["dims"]["queries"], s["dims"]["batch"]) for s in ended.json["sites"]} == {(24, 1)}
 
 
-def test_the_path_of_the_config_itself_is_fine_and_dynamic_makes_two_sequences(
-    kreg: Kreg, tmp_path: Path
-) -> None:
+def test_the_path_of_the_config_itself_is_fine_and_dynamic_makes_two_sequences(kreg: Kreg, tmp_path: Path) -> None:
     path = folder(tmp_path) / "config.json"
     ended = kreg("rewrite", path, "--dynamic", "--dry-run", "--dtype", "float64", "--json")
     assert ended.code == 0 and {s["dtype"] for s in ended.json["sites"]} == {"float64"}
@@ -105,9 +103,7 @@ def test_a_pt2_that_is_none_is_bad_input(kreg: Kreg, tmp_path: Path) -> None:
     assert ended.code == 2 and ended.json["error"]["type"] == "ArtifactError"
 
 
-@pytest.mark.parametrize(
-    "option", [["--seq-len", "8"], ["--dtype", "float32"], ["--dynamic"], ["--batch", "2"]]
-)
+@pytest.mark.parametrize("option", [["--seq-len", "8"], ["--dtype", "float32"], ["--dynamic"], ["--batch", "2"]])
 def test_a_pt2_has_its_inputs_already(kreg: Kreg, tmp_path: Path, option: list[str]) -> None:
     path = tmp_path / "linear.pt2"
     torch.export.save(torch.export.export(torch.nn.Linear(4, 4), (torch.randn(2, 4),)), path)

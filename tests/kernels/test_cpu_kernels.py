@@ -148,9 +148,7 @@ def tiny_tiles() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("spec", "dtype"), CASES)
-def test_outputs_and_gradients_are_the_references_on_every_sample(
-    spec: KernelSpec, dtype: torch.dtype
-) -> None:
+def test_outputs_and_gradients_are_the_references_on_every_sample(spec: KernelSpec, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     samples = [s for s in OPS[spec.op].samples(dtype, generator()) if takes(spec, s)]
     assert samples

@@ -179,9 +179,7 @@ def test_specs_of_one_file_may_exclude_each_other_in_any_order(known: Catalogue,
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
 )
-def test_a_file_that_holds_no_specs_is_refused(
-    content: Any, complaint: str, known: Catalogue, tmp_path: Path
-) -> None:
+def test_a_file_that_holds_no_specs_is_refused(content: Any, complaint: str, known: Catalogue, tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SpecError, match=complaint):
@@ -194,9 +192,7 @@ def test_a_file_that_is_not_there_is_refused(known: Catalogue, tmp_path: Path) -
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(known: Catalogue) -> None:
-    with pytest.raises(
-        SelectionError, match=r"no kernel is called 'mindspeed\.sa' \(did you mean 'mindspeed\.sas'"
-    ):
+    with pytest.raises(SelectionError, match=r"no kernel is called 'mindspeed\.sa' \(did you mean 'mindspeed\.sas'"):
         known.kernel("mindspeed.sa")
     with pytest.raises(SelectionError, match=r"no op is called 'attension' \(did you mean 'attention'"):
         known.op("attension")
@@ -341,8 +337,7 @@ def make(name, op="attention", **more):
 def test_a_package_contributes_specs_ops_and_files(package: Any) -> None:
     folder = package(
         "kregtest_good",
-        SPEC
-        + "ONE = make('good.one')\nMANY = [make('good.two'), make('good.three', excludes=['good.one'])]\n"
+        SPEC + "ONE = make('good.one')\nMANY = [make('good.two'), make('good.three', excludes=['good.one'])]\n"
         "FILE = 'kregtest_specs.yaml'\n",
         "one = kregtest_good:ONE",
         "many = kregtest_good:MANY",

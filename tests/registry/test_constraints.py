@@ -159,8 +159,7 @@ def test_symbolic_sizes_are_decided_by_bounds_and_divisibility(
 def test_a_refusal_names_the_part_that_fails_and_the_value() -> None:
     constraint = Constraint.parse("head_dim % 16 == 0 and head_dim <= 256 and not has_padding", NAMES)
     assert (
-        constraint.explain({"head_dim": 512, "has_padding": False})
-        == "head_dim <= 256 does not hold: head_dim is 512"
+        constraint.explain({"head_dim": 512, "has_padding": False}) == "head_dim <= 256 does not hold: head_dim is 512"
     )
     assert constraint.explain({"head_dim": 64, "has_padding": True}) == (
         "not has_padding does not hold: has_padding is True"
@@ -177,9 +176,9 @@ def test_a_size_that_cannot_exist_is_refused() -> None:
 
 
 # Random expressions over two sizes, a word, a flag and an absent dimension.
-LEAVES = st.sampled_from(
-    ["a", "b", "a", "b", "flag", "word", "absent", "None", "'w'", "True", "2.5"]
-) | st.integers(-4, 20).map(str)
+LEAVES = st.sampled_from(["a", "b", "a", "b", "flag", "word", "absent", "None", "'w'", "True", "2.5"]) | st.integers(
+    -4, 20
+).map(str)
 NUMBERS = st.recursive(
     LEAVES,
     lambda inner: st.one_of(

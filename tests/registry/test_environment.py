@@ -102,9 +102,7 @@ def test_a_supposed_device_has_every_package_and_any_architecture() -> None:
 
 def test_a_supposed_architecture_still_has_to_fit() -> None:
     supposed = Environment.supposed("cuda", "sm_75")
-    assert availability(spec(architectures=["sm_80+"]), supposed) == [
-        "it needs sm_80+, the cuda device is sm_75"
-    ]
+    assert availability(spec(architectures=["sm_80+"]), supposed) == ["it needs sm_80+, the cuda device is sm_75"]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +169,7 @@ def test_installed_packages_are_looked_up_without_importing_them(
 
 
 def test_another_device_is_the_only_reason_given_for_it() -> None:
-    assert availability(spec(requires=["nothing-here"]), Environment.detect("cpu")) == [
-        "it runs on cuda, not on cpu"
-    ]
+    assert availability(spec(requires=["nothing-here"]), Environment.detect("cpu")) == ["it runs on cuda, not on cpu"]
 
 
 def test_an_adapter_that_this_version_lacks_is_said_so() -> None:

@@ -58,9 +58,7 @@ def attention(site: str = "site", **more: Any) -> SiteFacts:
     attributes |= {"has_bias": False, "has_mask": False, "has_sinks": False}
     dims |= {k: v for k, v in more.items() if k in dims}
     attributes |= {k: v for k, v in more.items() if k in attributes}
-    return SiteFacts(
-        site, "attention", dims, attributes, more.get("dtype", torch.float32), more.get("trainable", True)
-    )
+    return SiteFacts(site, "attention", dims, attributes, more.get("dtype", torch.float32), more.get("trainable", True))
 
 
 def deepseek(site: str = "sas", queries: Any = 4096, entries: Any = 1024, **more: Any) -> SiteFacts:
@@ -223,11 +221,7 @@ def test_kernels_that_exclude_each_other_are_never_both_used_and_the_report_says
     plan = make_plan([deepseek(), indexer()], Catalogue.builtin(packages=False), Environment.supposed("npu"))
     assert "mindspeed.sas" in plan.kernels and "mindspeed.li" not in plan.kernels
     told = reasons(the(plan, "li"))["mindspeed.li"]
-    assert (
-        "mindspeed.sas exclude each other" in told
-        and "used at sas" in told
-        and "us without mindspeed.sas" in told
-    )
+    assert "mindspeed.sas exclude each other" in told and "used at sas" in told and "us without mindspeed.sas" in told
     assert "it excludes mindspeed.li, given up at li" in the(plan, "sas").reason
 
 
@@ -259,9 +253,7 @@ KERNELS = [f"k{i}" for i in range(NUMBER_OF_KERNELS)]
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(
-        st.dictionaries(st.sampled_from(KERNELS), st.integers(0, 20)), min_size=1, max_size=NUMBERS_OF_SITES
-    ),
+    st.lists(st.dictionaries(st.sampled_from(KERNELS), st.integers(0, 20)), min_size=1, max_size=NUMBERS_OF_SITES),
     st.lists(st.integers(0, 40), min_size=NUMBERS_OF_SITES, max_size=NUMBERS_OF_SITES),
     st.sets(st.tuples(st.sampled_from(KERNELS), st.sampled_from(KERNELS)).filter(lambda p: p[0] != p[1])),
 )
@@ -324,9 +316,7 @@ def test_an_enabled_kernel_that_no_site_can_use_changes_nothing_and_is_noted() -
     )
 
 
-@pytest.mark.parametrize(
-    "enable", [("mindspeed.sas", "mindspeed.li"), ("mindspeed.*",), "mindspeed.li,mindspeed.sas"]
-)
+@pytest.mark.parametrize("enable", [("mindspeed.sas", "mindspeed.li"), ("mindspeed.*",), "mindspeed.li,mindspeed.sas"])
 def test_enabling_two_kernels_that_exclude_each_other_names_both_and_how_to_choose(enable: Any) -> None:
     known = Catalogue.builtin(packages=False)
     with pytest.raises(SelectionError) as caught:
@@ -346,10 +336,7 @@ def test_disabling_one_of_two_that_a_pattern_enables_is_a_way_to_choose() -> Non
         enable="mindspeed.*",
         disable="mindspeed.sas",
     )
-    assert (
-        name(the(plan, "li")) == "mindspeed.li"
-        and reasons(the(plan, "sas"))["mindspeed.sas"] == "it is disabled"
-    )
+    assert name(the(plan, "li")) == "mindspeed.li" and reasons(the(plan, "sas"))["mindspeed.sas"] == "it is disabled"
 
 
 def test_disabling_everything_leaves_the_original_code() -> None:

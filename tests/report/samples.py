@@ -42,14 +42,10 @@ def attention(layer: int, kind: str, **changes: Any) -> SiteReport:
         "kernel": SAS,
         "reason": "the only kernel that this site can use",
         "mask": MASKS[kind],
-        "dims": DIMS
-        | ({"entries": entries} if entries else {})
-        | ({"selected": 512} if kind == "csa" else {}),
+        "dims": DIMS | ({"entries": entries} if entries else {}) | ({"selected": 512} if kind == "csa" else {}),
         "dtype": "float32",
         "trainable": True,
-        "verify": Verification(
-            passed=True, max_error=3.1e-7 + layer * 1e-8, max_grad_error=1.2e-6 + layer * 3e-8
-        ),
+        "verify": Verification(passed=True, max_error=3.1e-7 + layer * 1e-8, max_grad_error=1.2e-6 + layer * 3e-8),
         "alternatives": (Alternative(kernel="mindspeed.sas", rejected=NOT_HERE),),
         "nodes_replaced": 57,
         "before": before(layer, 57),
@@ -87,11 +83,7 @@ def report(layers: int, **changes: Any) -> Report:
     sites: list[SiteReport] = []
     for layer in range(layers):
         kind = (
-            ("sliding", "csa", "hca")[layer]
-            if layers == 3
-            else "sliding"
-            if layer < 2
-            else ("csa", "hca")[layer % 2]
+            ("sliding", "csa", "hca")[layer] if layers == 3 else "sliding" if layer < 2 else ("csa", "hca")[layer % 2]
         )
         sites += [indexer(layer)] if kind == "csa" else []
         sites.append(attention(layer, kind))
@@ -132,9 +124,7 @@ def mixed() -> Report:
         for n in range(24)
     ]
     sites += [attention(n, "csa", module=f"text.layers.{n}.attn", id=f"a{n}") for n in range(0, 12, 2)]
-    sites += [
-        indexer(n).model_copy(update={"module": f"text.layers.{n}.attn.indexer"}) for n in range(0, 12, 2)
-    ]
+    sites += [indexer(n).model_copy(update={"module": f"text.layers.{n}.attn.indexer"}) for n in range(0, 12, 2)]
     failed = Verification(passed=False, max_error=0.031, max_grad_error=1.7)
     extra = attention(
         1,
@@ -188,6 +178,4 @@ def mixed() -> Report:
             reason="every query sees every compressed entry, ready or not",
         )
     )
-    return report(
-        0, sites=(*sites, extra, causal), near_misses=tuple(misses), nodes=8412, model="Dots3ForCausalLM"
-    )
+    return report(0, sites=(*sites, extra, causal), near_misses=tuple(misses), nodes=8412, model="Dots3ForCausalLM")

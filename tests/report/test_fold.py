@@ -34,9 +34,7 @@ def test_layer_numbers_are_spelled_in_few_words(numbers: list[int], words: str) 
         ("", ("", None, "")),
     ],
 )
-def test_the_layer_is_the_first_part_that_is_a_number(
-    module: str, parts: tuple[str, int | None, str]
-) -> None:
+def test_the_layer_is_the_first_part_that_is_a_number(module: str, parts: tuple[str, int | None, str]) -> None:
     assert split_layer(module) == parts
 
 

@@ -106,15 +106,13 @@ def test_near_misses_name_node_and_source_line() -> None:
     ("text", "name", "target", "arguments"),
     [
         (
-            "%mul : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor]"
-            "(args = (%x, 0.5), kwargs = {})",
+            "%mul : [num_users=1] = call_function[target=torch.ops.aten.mul.Tensor](args = (%x, 0.5), kwargs = {})",
             "%mul",
             "aten.mul.Tensor",
             "(%x, 0.5)",
         ),
         (
-            "%neg : [num_users=2] = call_function[target=torch.ops.aten.neg.default]"
-            "(args = (%x,), kwargs = {})",
+            "%neg : [num_users=2] = call_function[target=torch.ops.aten.neg.default](args = (%x,), kwargs = {})",
             "%neg",
             "aten.neg",
             "(%x)",

@@ -1,7 +1,7 @@
 """DeepSeek-V4, one layer of each type: every site raised, and forward and gradients as in eager.
 
 Eager in float64 is the judge: kreg may be off by twice what eager in the same dtype is off by, plus the op's
-tolerance. One run of eager may be close by luck, where a gradient is a few numbers or terms cancel; so eager also
+tolerance. One run of eager may be close by luck, where a gradient is few numbers or terms cancel: eager also
 runs with weights changed in their last bit, and the worst of these runs counts.
 """
 

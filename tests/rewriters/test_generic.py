@@ -457,11 +457,12 @@ def test_every_attention_of_a_real_model_is_raised_and_verified(name: str) -> No
     program = kreg.export(model, {"input_ids": ids})
     report = kreg.program_report(program)
     assert report is not None
-    assert [site.mask["kind"] for site in report.sites if site.mask] == KINDS[name]
-    for site in report.sites:
-        assert (site.op, site.status) == ("attention", "replaced"), site.reason
+    sites = [site for site in report.sites if site.op == "attention"]
+    assert [site.mask["kind"] for site in sites if site.mask] == KINDS[name]
+    for site in sites:
+        assert site.status == "replaced", site.reason
         assert site.verify is not None and site.verify.passed and site.verify.max_grad_error is not None
-    assert len({site.module for site in report.sites}) == 2
+    assert len({site.module for site in sites}) == 2
     want, got = model(ids).logits, program.module()(input_ids=ids).logits
     assert want.shape == (B, 13, VOCAB)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
@@ -476,7 +477,8 @@ def test_with_a_padding_mask_real_models_are_raised_and_equal(name: str) -> None
     inputs = {"input_ids": tokens(B, 13), "attention_mask": mask}
     program = kreg.export(model, inputs)
     report = kreg.program_report(program)
-    assert report is not None and [site.status for site in report.sites] == ["replaced", "replaced"]
+    assert report is not None
+    assert [site.status for site in report.sites if site.op == "attention"] == ["replaced", "replaced"]
     with torch.no_grad():
         torch.testing.assert_close(
             program.module()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=2e-5

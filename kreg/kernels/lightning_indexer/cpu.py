@@ -22,9 +22,7 @@ def ready_count(position: int, entries: int, ratio: int) -> int:
     return min(entries, max(0, position + 1) // ratio) if ratio else entries
 
 
-def scores_into(
-    scores: torch.Tensor, work: Workspace, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor
-) -> None:
+def scores_into(scores: torch.Tensor, work: Workspace, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
     """Write ``sum_h weights[s, h] * relu(q[s, h] . k[j])`` to scores [rows, entries]; k is [entries, dim]."""
     _, heads, dim = q.shape
     step = max(1, PRODUCTS_PER_TILE // (heads * max(1, len(k))))

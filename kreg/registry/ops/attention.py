@@ -142,7 +142,10 @@ def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str
         "sinks": make(4),
     }
     yield qkv(1, 4, 2, 8, 8, 16, 16) | {"mask": torch.zeros(1, 1, 8, 8, dtype=torch.bool), "sinks": make(4)}
-    yield qkv(2, 3, 1, 7, 9, 16, 16) | {"mask": torch.rand((2, 3, 7, 9), generator=generator) < 0.6, "bias": make(2, 1, 7, 9)}
+    yield qkv(2, 3, 1, 7, 9, 16, 16) | {
+        "mask": torch.rand((2, 3, 7, 9), generator=generator) < 0.6,
+        "bias": make(2, 1, 7, 9),
+    }
 
 
 def work(dims: Dims, attributes: Arguments) -> tuple[float, float]:

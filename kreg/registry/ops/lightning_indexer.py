@@ -77,9 +77,7 @@ def fake(
     return indices, q.new_empty(q.shape[0], q.shape[1], topk if scored else 0, dtype=accumulation_dtype(q.dtype))
 
 
-def selected_score_error(
-    arguments: Arguments, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]
-) -> float:
+def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> float:
     """How far apart two selections are: the largest difference between their scores, best to worst, relative
     to the largest score (of size 1 at least).
 

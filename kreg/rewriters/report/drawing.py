@@ -155,9 +155,7 @@ def _over_entries(parts: set[str], rows: int, columns: int, dims: Mapping[str, i
 
 def _some(count: int, chosen: int, seed: int) -> set[int]:
     """So many of the first numbers, scattered but the same every time: which ones the model decides."""
-    return set(
-        sorted(range(count), key=lambda i: (i * 2654435761 + seed * 40503 + i * i * 97) % 1009)[:chosen]
-    )
+    return set(sorted(range(count), key=lambda i: (i * 2654435761 + seed * 40503 + i * i * 97) % 1009)[:chosen])
 
 
 def _patterns(name: str) -> str:
@@ -195,6 +193,5 @@ def _paths(rows: int, columns: int, cells: Cells, name: str = "") -> str:
                 runs.setdefault(kind, []).append(f"M{members[0]} {row}h{run}v1h-{run}z")
     fills = {kind: f' fill="url(#{name}-{kind})"' for kind in (PADDED, UNKNOWN) if name}
     return "".join(
-        f'<path class="{kind}"{fills.get(kind, "")} d="{"".join(parts)}"/>'
-        for kind, parts in sorted(runs.items())
+        f'<path class="{kind}"{fills.get(kind, "")} d="{"".join(parts)}"/>' for kind, parts in sorted(runs.items())
     )

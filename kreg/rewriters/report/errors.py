@@ -68,14 +68,10 @@ def error_axis(sites: tuple[SiteReport, ...]) -> ErrorAxis | None:
 
     step = max(1, (high - low) // 5)
     return ErrorAxis(
-        dots=tuple(
-            Dot(kind, percent(value), f"{module}: {kind} {error(value)}") for kind, value, module in errors
-        ),
+        dots=tuple(Dot(kind, percent(value), f"{module}: {kind} {error(value)}") for kind, value, module in errors),
         ticks=tuple((100 * (e - low) / (high - low), f"1e{e}") for e in range(low, high + 1, step)),
         limit=None if limit is None else percent(limit),
-        tolerance=""
-        if tolerance is None
-        else f"{tolerance.atol:.0e} + {tolerance.rtol:.0e} of the largest value",
+        tolerance="" if tolerance is None else f"{tolerance.atol:.0e} + {tolerance.rtol:.0e} of the largest value",
     )
 
 

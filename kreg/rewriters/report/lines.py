@@ -21,9 +21,7 @@ class Line:
     arguments: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} = {self.target}{self.arguments}" if self.name else f"{self.target}{self.arguments}"
-        )
+        return f"{self.name} = {self.target}{self.arguments}" if self.name else f"{self.target}{self.arguments}"
 
 
 def line_of(text: str) -> Line:

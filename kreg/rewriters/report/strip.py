@@ -74,9 +74,7 @@ Place = tuple[str, int]
 """A stack of layers and a layer's number; -1 for what is in no layer."""
 
 
-def strip_of(
-    report: Report, hues: Mapping[str, int], anchors: Sequence[str], statuses: Sequence[str]
-) -> Strip:
+def strip_of(report: Report, hues: Mapping[str, int], anchors: Sequence[str], statuses: Sequence[str]) -> Strip:
     """Lays the sites of a report out; ``anchors`` and ``statuses`` go with its sites."""
     columns = _columns([s.module for s in report.sites] + [m.module for m in report.near_misses])
     icons: dict[str, tuple[str, Markup]] = {}
@@ -88,9 +86,7 @@ def strip_of(
         marks[site.op].setdefault(columns[_place(site.module)], []).append(mark)
     for miss in report.near_misses:
         title = f"near miss: {wording.module(miss.module)}, {miss.op} at {miss.node}: {miss.reason}"
-        marks[miss.op].setdefault(columns[_place(miss.module)], []).append(
-            Mark("miss", "#near-misses", title, "")
-        )
+        marks[miss.op].setdefault(columns[_place(miss.module)], []).append(Mark("miss", "#near-misses", title, ""))
     lanes = [
         Lane(op, hues[op], tuple(Cell(column, tuple(found)) for column, found in sorted(cells.items())))
         for op, cells in marks.items()

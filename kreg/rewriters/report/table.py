@@ -58,9 +58,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
 
 def _headline(report: Report) -> RenderableType:
     done = sum(site.status == "replaced" for site in report.sites)
-    style = (
-        "green" if done and done == len(report.sites) else "yellow" if done or report.near_misses else "dim"
-    )
+    style = "green" if done and done == len(report.sites) else "yellow" if done or report.near_misses else "dim"
     text = Text.assemble(
         (report.model, "bold"),
         " on ",

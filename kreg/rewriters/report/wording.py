@@ -34,9 +34,7 @@ def seconds(value: float) -> str:
 
 def stage_times(times: Seconds) -> list[tuple[str, float]]:
     """Each stage with its seconds."""
-    return list(
-        zip(STAGES, (times.capture, times.raise_, times.plan, times.lower, times.verify), strict=True)
-    )
+    return list(zip(STAGES, (times.capture, times.raise_, times.plan, times.lower, times.verify), strict=True))
 
 
 def module(path: str) -> str:
@@ -82,9 +80,7 @@ def mask_caption(facts: Mapping[str, Any] | None, dims: Mapping[str, int | str])
         phrases.append(f"{chosen} of the {ready} that are ready")
     if "block-causal" in parts:
         phrases.append(f"all {ready} that are ready")
-    sentence = (
-        "A query sees " + " and ".join(phrases) if phrases else "What a query sees comes with the input"
-    )
+    sentence = "A query sees " + " and ".join(phrases) if phrases else "What a query sees comes with the input"
     if phrases and "input" in parts:
         sentence += f", as far as the {_listed(facts.get('input')) or 'mask'} from the input lets it"
     if "padding" in parts:
@@ -111,9 +107,7 @@ def worth_knowing(site: SiteReport, device: str) -> list[Alternative]:
     `kreg.registry.environment.availability` begins the reason of a kernel of other devices so.
     """
     here = [
-        a
-        for a in site.alternatives
-        if not (a.rejected.startswith("it runs on ") and f"not on {device}" in a.rejected)
+        a for a in site.alternatives if not (a.rejected.startswith("it runs on ") and f"not on {device}" in a.rejected)
     ]
     return here or ([] if site.kernel or site.verify else list(site.alternatives))
 
@@ -124,6 +118,4 @@ def headline(report: Report) -> str:
     if not found:
         return "nothing was found to replace"
     would = "would be replaced" if report.dry_run else "replaced"
-    return (
-        f"all {found:,} sites {would}" if 1 < found == done else f"{done} of {plural(found, 'site')} {would}"
-    )
+    return f"all {found:,} sites {would}" if 1 < found == done else f"{done} of {plural(found, 'site')} {would}"

@@ -101,7 +101,10 @@ def _masks(found: SoftmaxAttention) -> tuple[masks.Structure, dict[str, Operand]
             # a row that is masked whole has uniform weights over all keys: proven parts must not narrow it
             for term in closed:
                 if term.keep != n.TRUE:
-                    raise Refused("an input mask and a proven one are added, and a query may have no keys", found.softmax)
+                    raise Refused(
+                        "an input mask and a proven one are added, and a query may have no keys",
+                        found.softmax,
+                    )
             closed = []
         keep: Expr = n.TRUE
         for term in closed:

@@ -99,9 +99,7 @@ def _unmasked(e: Expr, anchor: Node) -> tuple[Expr, Expr]:
                 return keep, e
 
 
-def _scores(
-    e: Expr, query: n.Var, entry: n.Var, anchor: Node
-) -> tuple[n.Load, n.Load, n.Load, float, n.Var, n.Var]:
+def _scores(e: Expr, query: n.Var, entry: n.Var, anchor: Node) -> tuple[n.Load, n.Load, n.Load, float, n.Var, n.Var]:
     """q, k, weights, scale, channel and head of ``c * sum_h w[s, h] * relu(sum_d q[s, h, d] * k[j, d])``."""
     scale, e = _constant(e)
     if not isinstance(e, n.Reduce) or e.kind != "sum":
@@ -132,9 +130,7 @@ def _constant(e: Expr) -> tuple[float, Expr]:
     return 1.0, e
 
 
-def _sentinel(
-    context: Context, picked: Node, keep: Expr, index: tuple[n.Var, ...], structure: masks.Structure
-) -> Node:
+def _sentinel(context: Context, picked: Node, keep: Expr, index: tuple[n.Var, ...], structure: masks.Structure) -> Node:
     """The node where picks that are not ready have become -1, by the condition that masked the scores."""
     batch, query, entry = index
     for candidate in _near(picked, 4):

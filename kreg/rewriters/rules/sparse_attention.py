@@ -49,9 +49,9 @@ def find(context: Context, anchor: Node) -> Site:
         raise Refused("the mask may leave a query without keys", anchor)
     window = local.window or _all_of(found.query, local.offset, anchor)
     operands = {
-        "q": arrange(
-            found.q.node, found.q.index, (found.batch, found.head, found.query, found.inner), "queries"
-        ).cast(result),
+        "q": arrange(found.q.node, found.q.index, (found.batch, found.head, found.query, found.inner), "queries").cast(
+            result
+        ),
         "kv": keys(0, "keys"),
     }
     attributes = {"scale": found.scores.scale, "window": window, "ratio": 0, "offset": local.offset}
