@@ -27,9 +27,10 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        if len(example_inputs) == 2 and isinstance(example_inputs[1], Mapping):
-            if isinstance(example_inputs[0], (tuple, list)):
-                return tuple(example_inputs[0]), dict(example_inputs[1])
+        if len(example_inputs) == 2:
+            args, kwargs = example_inputs
+            if isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping):
+                return tuple(args), dict(kwargs)
         return tuple(example_inputs), {}
     raise CaptureError(
         f"example inputs should be a tensor, a tuple of positional ones, a dict of keyword ones, or "
@@ -55,7 +56,7 @@ def export_model(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any =
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise CaptureError(_failure(model, error)) from error
+        raise failure(model, error, "exported") from error
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -76,14 +77,16 @@ def _automatic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return {name: torch.utils._pytree.tree_map(shape, value) for name, value in kwargs.items()}
 
 
-def _failure(model: nn.Module, error: BaseException) -> str:
-    reason = first_sentences(error)
+def failure(model: nn.Module, error: BaseException, what: str) -> CaptureError:
+    """What went wrong, in which module, and what to do: ``what`` is "exported" or "captured"."""
     where = failing_module(model, error.__traceback__)
     inside = f" in module {where!r}" if where else ""
-    return (
-        f"{type(model).__name__} could not be exported: torch.export stopped{inside} with "
-        f"{type(error).__name__}: {reason}. The model is unchanged. Try other example inputs, or "
-        f"kreg.rewrite(model), which does not need the whole model in one graph"
+    advice = "Try other example inputs"
+    if what == "exported":
+        advice += ", or kreg.rewrite(model), which does not need the whole model in one graph"
+    return CaptureError(
+        f"{type(model).__name__} could not be {what}{inside}: {type(error).__name__}: {first_sentences(error)}. "
+        f"The model is unchanged. {advice}"
     )
 
 

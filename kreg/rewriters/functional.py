@@ -48,7 +48,10 @@ def _carries_gradient(value: Any) -> bool:
 
 
 def normalize(module: GraphModule) -> None:
-    """Drops what has no meaning for a rule (metadata assertions, dropout that is off, dead nodes), and gives copies a derivative."""
+    """Drops what has no meaning for a rule: metadata assertions, dropout that is off, dead nodes.
+
+    Copies get a derivative.
+    """
     graph = module.graph
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:

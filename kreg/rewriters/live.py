@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from kreg.errors import CaptureError, KregError
 from kreg.registry.library import fallbacks
 from kreg.rewriters.backend import compile_graph
-from kreg.rewriters.capture import Inputs, failing_module, first_sentences, split_inputs
+from kreg.rewriters.capture import Inputs, failure, split_inputs
 from kreg.rewriters.pipeline import Settings
 from kreg.rewriters.report import Calls, Report
 
@@ -76,12 +76,7 @@ class RewrittenCall:
         except KregError:
             raise
         except Exception as error:
-            where = failing_module(self.model, error.__traceback__)
-            inside = f" in module {where!r}" if where else ""
-            raise CaptureError(
-                f"{type(self.model).__name__} could not be captured{inside}: {type(error).__name__}: {first_sentences(error)}. The "
-                f"model is unchanged. Try other example inputs: kreg.rewrite(model, example_inputs=...)"
-            ) from error
+            raise failure(self.model, error, "captured") from error
         finally:
             self.calls = counted
 

@@ -1,4 +1,4 @@
-"""The rules, in the order they are tried: those whose results others read first, then the special before the general."""
+"""The rules, in the order they are tried: first those whose results others read, then special before general."""
 
 from kreg.rewriters.rules import attention, grouped_matmul, lightning_indexer, sparse_attention
 from kreg.rewriters.rules.rule import Context, Rule
