@@ -115,17 +115,13 @@ def qwen3(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
 
 def gemma2(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Soft cap; one sliding layer, one causal."""
-    return _decoder(
-        "Gemma2Config", dtype, seed, sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=8
-    )
+    return _decoder("Gemma2Config", dtype, seed, sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
 
 
 def gemma3(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """One sliding layer, one causal, norms on queries and keys."""
     layers = ["sliding_attention", "full_attention"]
-    return _decoder(
-        "Gemma3TextConfig", dtype, seed, sliding_window=6, layer_types=layers, query_pre_attn_scalar=8
-    )
+    return _decoder("Gemma3TextConfig", dtype, seed, sliding_window=6, layer_types=layers, query_pre_attn_scalar=8)
 
 
 def gpt_oss(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

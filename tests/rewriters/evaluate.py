@@ -100,18 +100,14 @@ def _extent(variable: n.Var, sizes: Mapping[sympy.Symbol, int] | None) -> int:
     return variable.size if isinstance(variable.size, int) else int(variable.size.subs(sizes or {}))
 
 
-def environments(
-    found: Iterable[n.Var], sizes: Mapping[sympy.Symbol, int] | None = None
-) -> Iterator[dict[n.Var, int]]:
+def environments(found: Iterable[n.Var], sizes: Mapping[sympy.Symbol, int] | None = None) -> Iterator[dict[n.Var, int]]:
     """Every value of the index variables."""
     found = tuple(found)
     for values in itertools.product(*(range(_extent(v, sizes)) for v in found)):
         yield dict(zip(found, values, strict=True))
 
 
-def whole(
-    e: n.Expr, index: tuple[n.Var, ...], data: Mapping[Node, torch.Tensor], like: torch.Tensor
-) -> torch.Tensor:
+def whole(e: n.Expr, index: tuple[n.Var, ...], data: Mapping[Node, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """The tensor that an expression over ``index`` stands for, in the shape and dtype of ``like``."""
     places = environments(index)
     flat = [evaluate(e, env, data) for env in places]

@@ -139,18 +139,14 @@ def raising(q: torch.Tensor, *args: Any, **attributes: Any) -> tuple[torch.Tenso
     raise RuntimeError("the tile does not fit")
 
 
-def wrong(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **rest: Any
-) -> tuple[torch.Tensor, ...]:
+def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **rest: Any) -> tuple[torch.Tensor, ...]:
     from kreg.registry.ops import ATTENTION
 
     out, lse = ATTENTION.reference(q, k, v, *args, **rest)
     return out * 1.001, lse
 
 
-def misshapen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **rest: Any
-) -> tuple[torch.Tensor, ...]:
+def misshapen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **rest: Any) -> tuple[torch.Tensor, ...]:
     return q[:, :1], q[..., 0]
 
 
@@ -179,9 +175,7 @@ KERNELS = {
 def test_a_kernel_of_the_users_that_fails_leaves_the_site_and_says_why(kind: str) -> None:
     options, function, reason = KERNELS[kind]
     name = f"test.{kind}"
-    kreg.kernel(op="attention", name=name, devices=["cpu"], dtypes=["float32"], trains=True, **options)(
-        function
-    )
+    kreg.kernel(op="attention", name=name, devices=["cpu"], dtypes=["float32"], trains=True, **options)(function)
     model, exported, report = exported_with(name)
     (site,) = report.sites
     assert site.status == "kept" and site.kernel is None
@@ -193,9 +187,7 @@ def test_a_kernel_of_the_users_that_fails_leaves_the_site_and_says_why(kind: str
 
 @pytest.mark.usefixtures("added")
 def test_a_kernel_of_the_users_that_is_right_is_taken() -> None:
-    kreg.kernel(op="attention", name="test.right", devices=["cpu"], dtypes=["float32"], trains=True)(
-        forward_only
-    )
+    kreg.kernel(op="attention", name="test.right", devices=["cpu"], dtypes=["float32"], trains=True)(forward_only)
     model, exported, report = exported_with("test.right")
     assert [site.kernel for site in report.sites] == ["test.right"]
     torch.testing.assert_close(exported.module()(Q, K, V), model(Q, K, V), rtol=1e-5, atol=1e-6)

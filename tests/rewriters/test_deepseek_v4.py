@@ -85,9 +85,7 @@ class InDouble(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return func.__self__.double() if not args else args[0].double()
-        swapped = torch.utils._pytree.tree_map(
-            lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs)
-        )
+        swapped = torch.utils._pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs))
         return func(*swapped[0], **swapped[1])
 
 
@@ -99,12 +97,9 @@ def run(module: nn.Module, inputs: Tensors, gradients: bool) -> tuple[torch.Tens
         return logits, {}
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     parameters = dict(module.named_parameters())
-    found = torch.autograd.grad(
-        (logits.double() * weights).sum(), list(parameters.values()), allow_unused=True
-    )
+    found = torch.autograd.grad((logits.double() * weights).sum(), list(parameters.values()), allow_unused=True)
     return logits.detach(), {
-        name: torch.zeros_like(parameters[name]) if g is None else g
-        for name, g in zip(parameters, found, strict=True)
+        name: torch.zeros_like(parameters[name]) if g is None else g for name, g in zip(parameters, found, strict=True)
     }
 
 
@@ -160,8 +155,7 @@ def expected_sites(layers: Sequence[str], suffix: str = "") -> list[tuple[str, s
         if layer == CSA
     ]
     attention = [
-        ("sparse_attention", f"model.layers.{i}.self_attn", f"{MASKS[layer]}{suffix}")
-        for i, layer in enumerate(layers)
+        ("sparse_attention", f"model.layers.{i}.self_attn", f"{MASKS[layer]}{suffix}") for i, layer in enumerate(layers)
     ]
     return indexers + attention
 
@@ -340,9 +334,7 @@ def test_dynamic_sizes_and_padding_for_each_layer(layer: str) -> None:
     it = exported((layer,), batch=3, length=47, padded=True, dynamic=True)
     assert sites(it.report) == expected_sites((layer,), "+padding")
     for batch, length in ((3, 47), (1, 47), (2, 35), (5, 101)):
-        assert_as_good_as_eager(
-            it, {"input_ids": tokens(batch, length), "attention_mask": paddings(batch, length)}
-        )
+        assert_as_good_as_eager(it, {"input_ids": tokens(batch, length), "attention_mask": paddings(batch, length)})
 
 
 @pytest.mark.slow

@@ -52,9 +52,7 @@ class Wrapped(nn.Module):
         return self.function(self, *args)
 
 
-def rewritten(
-    module: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any
-) -> tuple[ExportedProgram, Report]:
+def rewritten(module: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> tuple[ExportedProgram, Report]:
     """The program, and the report also where nothing was replaced."""
     report = kreg.analyse(module, inputs, **options)
     return kreg.export(module, inputs, **options), report
@@ -68,9 +66,7 @@ def assert_same(module: nn.Module, program: ExportedProgram, inputs: tuple[torch
         out = run(*leaves)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        gradients = (
-            torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True) if out.requires_grad else ()
-        )
+        gradients = torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True) if out.requires_grad else ()
         results.append((out.detach(), *gradients))
     for want, got in zip(*results, strict=True):
         if want is None:
@@ -96,9 +92,7 @@ def flattened_bmm(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 def added_by_baddbmm(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
     bias = torch.zeros(q.shape[1], q.shape[1]).masked_fill(~causal(q.shape[1]), MIN).expand(B * H, -1, -1)
-    return torch.bmm(torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.3), -1), v).view(
-        B, H, -1, D
-    )
+    return torch.bmm(torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.3), -1), v).view(B, H, -1, D)
 
 
 def einsum(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -160,15 +154,11 @@ def one_minus_mask(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return (q @ k.mT * 0.3 + (1.0 - keep) * -1e9).softmax(-1) @ v
 
 
-def relative_bias(
-    _: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
+def relative_bias(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT + table[:, :S, :S]).softmax(-1) @ v
 
 
-def boolean_input(
-    _: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor
-) -> torch.Tensor:
+def boolean_input(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT * 0.3).masked_fill(~m[:, None, None, :S], INF).softmax(-1) @ v
 
 
@@ -368,9 +358,7 @@ def heads_mixed_afterwards(m: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torc
 
 def no_key_for_the_first_query(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Strictly causal with a finite fill: the first query has uniform weights."""
-    return (q @ k.mT * 0.3).masked_fill(~torch.tril(torch.ones(S, S, dtype=torch.bool), -1), MIN).softmax(
-        -1
-    ) @ v
+    return (q @ k.mT * 0.3).masked_fill(~torch.tril(torch.ones(S, S, dtype=torch.bool), -1), MIN).softmax(-1) @ v
 
 
 def renormalised(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -426,9 +414,7 @@ def test_what_only_looks_like_attention_is_left_alone_with_a_reason(
     for miss in report.near_misses:
         assert NEAR_MISSES[function] in miss.reason
         assert "rule itself failed" not in miss.reason
-        assert len(miss.reason.split()) > 4 and "(test_generic.py:" in miss.reason, (
-            "words, and the line of code"
-        )
+        assert len(miss.reason.split()) > 4 and "(test_generic.py:" in miss.reason, "words, and the line of code"
     results = []
     for run in (module, program.module()):
         torch.manual_seed(0)
@@ -480,6 +466,4 @@ def test_with_a_padding_mask_real_models_are_raised_and_equal(name: str) -> None
     assert report is not None
     assert [site.status for site in report.sites if site.op == "attention"] == ["replaced", "replaced"]
     with torch.no_grad():
-        torch.testing.assert_close(
-            program.module()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=2e-5
-        )
+        torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=2e-5)

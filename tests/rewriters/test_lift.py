@@ -53,21 +53,15 @@ class _Recorder(Interpreter):
         return self.values[node]
 
 
-def capture(
-    function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dynamic: bool = False
-) -> Captured:
+def capture(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], dynamic: bool = False) -> Captured:
     """Exports and functionalises a function."""
 
     class Module(nn.Module):
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             return function(*args)
 
-    shapes = (
-        tuple({d: Dim.AUTO for d in range(t.dim()) if t.shape[d] > 1} for t in inputs) if dynamic else None
-    )
-    exported = torch.export.export(
-        Module(), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False
-    )
+    shapes = tuple({d: Dim.AUTO for d in range(t.dim()) if t.shape[d] > 1} for t in inputs) if dynamic else None
+    exported = torch.export.export(Module(), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False)
     module = program.functional(exported).module
     given = iter(inputs)
     values = []
@@ -185,16 +179,12 @@ class Case:
 
 CAUSAL = {"causal": True}
 CASES: dict[str, Case] = {
-    "a triangle of ones": Case(
-        lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), CAUSAL
-    ),
+    "a triangle of ones": Case(lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), CAUSAL),
     "a triangle of floats": Case(lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1])) != 0, CAUSAL),
     "what is not in the upper triangle": Case(
         lambda x: ~torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), diagonal=1), CAUSAL
     ),
-    "an upper triangle of -inf": Case(
-        lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1), CAUSAL
-    ),
+    "an upper triangle of -inf": Case(lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), INF), 1), CAUSAL),
     "a triangle cut from a larger one": Case(sliced_buffer, CAUSAL),
     "a triangle one to the right": Case(
         lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1] + 1, dtype=torch.bool), diagonal=1),
@@ -211,9 +201,7 @@ CASES: dict[str, Case] = {
     "a triangle cut from further than its end": Case(
         lambda x: torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))[-100:], CAUSAL
     ),
-    "positions compared": Case(
-        lambda x: torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1]), CAUSAL
-    ),
+    "positions compared": Case(lambda x: torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1]), CAUSAL),
     "positions compared the other way round": Case(
         lambda x: torch.logical_not(torch.arange(x.shape[1]) > torch.arange(x.shape[1]).view(-1, 1)), CAUSAL
     ),
@@ -256,9 +244,7 @@ CASES: dict[str, Case] = {
         {"causal": True, "window": 4},
     ),
     "no mask at all": Case(lambda x: torch.zeros(x.shape[1], x.shape[1]), {}),
-    "padding looked up by index": Case(
-        transformers_style, {"causal": True, "window": 4, "padding": 1}, (X, PADDING)
-    ),
+    "padding looked up by index": Case(transformers_style, {"causal": True, "window": 4, "padding": 1}, (X, PADDING)),
     "padding broadcast": Case(
         lambda x, mask: mask.bool()[:, None, None, :].expand(-1, 1, Q, -1), {"padding": 1}, (X, PADDING)
     ),
@@ -286,9 +272,7 @@ CASES: dict[str, Case] = {
         {"selected": True},
         (SCORES,),
     ),
-    "chunks": Case(
-        lambda x: torch.arange(x.shape[1]) // 4 == torch.arange(x.shape[1])[:, None] // 4, {"rest": 1}
-    ),
+    "chunks": Case(lambda x: torch.arange(x.shape[1]) // 4 == torch.arange(x.shape[1])[:, None] // 4, {"rest": 1}),
     "a mask shifted by a pad": Case(
         lambda x: nn.functional.pad(
             torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)), (1, 0), value=True
@@ -296,9 +280,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "a prefix seen by all": Case(
-        lambda x: (
-            (torch.arange(x.shape[1]) < 3) | (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None])
-        ),
+        lambda x: (torch.arange(x.shape[1]) < 3) | (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None]),
         {"rest": 1},
     ),
     "two kinds of keys in one mask": Case(in_two_parts, None),
@@ -377,11 +359,7 @@ def test_what_a_mask_is_read_as_is_what_it_is(name: str, dynamic: bool) -> None:
     if dynamic and name not in DYNAMIC:
         return
     said = {
-        key: value
-        if isinstance(value, (bool, int))
-        else len(value)
-        if isinstance(value, tuple)
-        else value is not None
+        key: value if isinstance(value, (bool, int)) else len(value) if isinstance(value, tuple) else value is not None
         for key in ("causal", "window", "offset", "ratio", "selected", "padding", "rest")
         if (value := getattr(found, key))
     }

@@ -60,9 +60,7 @@ def integers(draw: st.DrawFn, depth: int) -> Both:
     """A random integer expression."""
     if depth == 0:
         return draw(LEAVES)
-    kind = draw(
-        st.sampled_from(["leaf", "add", "sub", "mul", "times", "floordiv", "mod", "where", "indicator"])
-    )
+    kind = draw(st.sampled_from(["leaf", "add", "sub", "mul", "times", "floordiv", "mod", "where", "indicator"]))
     if kind == "leaf":
         return draw(LEAVES)
     if kind == "indicator":
@@ -170,9 +168,7 @@ def test_bounds_hold_at_every_index(data: st.DataObject) -> None:
 def test_substitution_is_evaluation_at_the_substituted_index(data: st.DataObject) -> None:
     """What is put in for an index stays within its range."""
     into = data.draw(
-        st.sampled_from(
-            [Y, n.add(Y, n.ONE), n.ZERO, n.Const(3), n.sub(n.Const(3), Y), n.floordiv(X, n.Const(2))]
-        )
+        st.sampled_from([Y, n.add(Y, n.ONE), n.ZERO, n.Const(3), n.sub(n.Const(3), Y), n.floordiv(X, n.Const(2))])
     )
     with n.sizes_within(known):
         both = data.draw(st.one_of(integers(3), booleans(2)))
@@ -213,11 +209,7 @@ def regroupings(total: list[int]) -> st.SearchStrategy[tuple[int, ...]]:
     return shape()
 
 
-@given(
-    st.lists(st.integers(2, 5), min_size=1, max_size=4).flatmap(
-        lambda f: st.tuples(regroupings(f), regroupings(f))
-    )
-)
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=4).flatmap(lambda f: st.tuples(regroupings(f), regroupings(f))))
 @settings(max_examples=300, deadline=None)
 def test_a_reshape_reads_where_row_major_order_says(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     old, new = shapes
@@ -225,9 +217,7 @@ def test_a_reshape_reads_where_row_major_order_says(shapes: tuple[tuple[int, ...
     source = torch.arange(prod(old)).reshape(old)
     node = chain.call(aten.reshape.default, chain.input(source), list(new))
     e, index = lifted(node)
-    assert isinstance(e, n.Load) and e.node is node.args[0], (
-        "a reshape of known sizes is always looked through"
-    )
+    assert isinstance(e, n.Load) and e.node is node.args[0], "a reshape of known sizes is always looked through"
     assert torch.equal(whole(e, index, chain.data, node.meta["val"]), source.reshape(new))
 
 
@@ -253,9 +243,7 @@ def chains(draw: st.DrawFn) -> tuple[Chain, torch.fx.Node]:
                 node = chain.call(aten.reshape.default, node, [-1])
             case "repeat":
                 extra = draw(st.integers(0, 1))
-                node = chain.call(
-                    aten.repeat.default, node, [draw(st.integers(1, 2)) for _ in range(rank + extra)]
-                )
+                node = chain.call(aten.repeat.default, node, [draw(st.integers(1, 2)) for _ in range(rank + extra)])
             case "cat" if rank:
                 node = chain.call(aten.cat.default, [node, node], dim)
             case "stack" if rank:

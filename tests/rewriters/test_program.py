@@ -100,9 +100,7 @@ def test_a_program_that_was_exported_without_kreg_is_raised_when_it_is_lowered()
     lowered = kreg.lower(plain, "cpu")
     assert [op.name for _, op in op_nodes(lowered.graph)] == ["attention", "attention"]
     with torch.no_grad():
-        torch.testing.assert_close(
-            lowered.module()(input_ids=ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(lowered.module()(input_ids=ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_exporting_leaves_the_model_as_it_was() -> None:
@@ -154,9 +152,7 @@ def test_a_dynamic_program_runs_at_other_sizes(batch: int, length: int) -> None:
     model, exported = made("llama")
     ids = tokens(batch, length)
     with torch.no_grad():
-        torch.testing.assert_close(
-            exported.module()(input_ids=ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(exported.module()(input_ids=ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 class Counting(nn.Module):
@@ -186,9 +182,7 @@ def test_buffers_that_the_model_writes_are_written_by_the_program() -> None:
     torch.testing.assert_close(module.mean, untouched.mean, rtol=1e-4, atol=1e-6)
 
 
-def test_a_program_of_a_newer_kreg_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_of_a_newer_kreg_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
         newer.setattr(program, "FORMAT", program.FORMAT + 1)
         newer.setattr(program, "__version__", "9.8.7")
