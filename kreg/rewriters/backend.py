@@ -16,6 +16,7 @@ from kreg.registry.environment import Environment
 from kreg.registry.selection import selection_from_environment
 from kreg.rewriters.functional import functionalize
 from kreg.rewriters.graph import aten
+from kreg.rewriters.memory import reuse
 from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
 from kreg.rewriters.report import Report
 
@@ -64,6 +65,7 @@ def compile_graph(module: GraphModule, settings: Settings, model: str) -> tuple[
     done = rewrite_graph(functional, settings, model=model, frontend="dynamo", clock=clock)
     if not any(site.status == "replaced" for site in done.report.sites):
         return module.forward, done.report
+    reuse(done.module)
     return _callable(done.module, signature), done.report
 
 

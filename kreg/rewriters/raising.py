@@ -59,14 +59,22 @@ def raise_sites(module: GraphModule, sites: Sequence[Site]) -> Raised:
 
 
 def _loosen_views(ops: Iterable[Node]) -> None:
-    """An op's result may be laid out otherwise than what it replaces: views of it may have to copy."""
+    """An op's result may be laid out otherwise than what it replaces: views may have to copy, and copies may not."""
     pending = list(ops)
     while pending:
-        for user in pending.pop().users:
+        for user in list(pending.pop().users):
             if user.target in STRICT_VIEWS:
                 user.target = aten.reshape.default
+            elif _is_for_layout(user):
+                user.target, user.kwargs = aten.contiguous.default, {}
             if user.target in LAYOUT or user.target is operator.getitem:
                 pending.append(user)
+
+
+def _is_for_layout(node: Node) -> bool:
+    """Whether a copy is made for its layout alone; one that leaves the graph has to be a tensor of its own."""
+    contiguous = node.kwargs == {"memory_format": torch.contiguous_format}
+    return node.target is aten.clone.default and contiguous and all(user.op != "output" for user in node.users)
 
 
 def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]) -> dict[str, tuple[Node, ...]]:
