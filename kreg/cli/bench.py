@@ -90,17 +90,16 @@ def _shown(results: list[Any], baselines: list[str]) -> Iterator[RenderableType]
         table.add_column(f"{name} s", justify="right")
     for name in baselines:
         table.add_column(f"x {name}", justify="right", style="bold")
-    for name in (*baselines, "kreg"):
-        table.add_column(f"{name} MB", justify="right")
     for r in results:
         row = [r.case.dtype, r.case.step, str(r.case.seq_len)]
         row += [_number(r.medians.get(name), 3) for name in (*baselines, "kreg")]
         row += [_number(r.ratios.get(name), 2) for name in baselines]
-        row += [_number(peak / 1e6 if (peak := r.peaks.get(n)) else None, 0) for n in (*baselines, "kreg")]
         table.add_row(*row)
     yield table
     for r in results:
         case = f"{r.case.dtype} {r.case.step} S={r.case.seq_len}"
+        peaks = ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in r.peaks.items())
+        yield Text(f"{case}: peak memory {peaks}")
         for name, reason in r.skipped.items():
             yield Text(f"{case}: {name}: {reason}", "yellow")
     for r in results:
