@@ -357,6 +357,14 @@ def product(factors: tuple[Expr, ...]) -> Expr:
     return result
 
 
+def scaled(e: Expr) -> tuple[float, Expr]:
+    """``e`` as a constant factor and the rest."""
+    match e:
+        case Apply("mul", (Const(value), *rest)):
+            return float(value), product(tuple(rest))
+    return 1.0, e
+
+
 def neg(a: Expr) -> Expr:
     """-a"""
     return mul(Const(-1), a)

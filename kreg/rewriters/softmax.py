@@ -328,25 +328,18 @@ def _has_product(e: Expr) -> bool:
 
 def _core(e: Expr, softmax: Node) -> tuple[Expr, float, float]:
     """``c * cap * tanh(scale / cap * product)`` or ``scale * product``: (product, scale, softcap)."""
-    scale, inner = _scaled(e)
+    scale, inner = n.scaled(e)
     match inner:
         case n.Apply("tanh", (argument,)):
-            inner_scale, product = _scaled(argument)
+            inner_scale, product = n.scaled(argument)
             _expect_product(product, softmax)
             return product, inner_scale * scale, scale
         case n.Apply("rounded:bfloat16" | "rounded:float16", (argument,)) if not _narrower(inner, softmax):
-            more, product = _scaled(argument)
+            more, product = n.scaled(argument)
             _expect_product(product, softmax)
             return product, scale * more, 0.0
     _expect_product(inner, softmax)
     return inner, scale, 0.0
-
-
-def _scaled(e: Expr) -> tuple[float, Expr]:
-    match e:
-        case n.Apply("mul", (n.Const(value), *rest)):
-            return float(value), n.product(tuple(rest))
-    return 1.0, e
 
 
 def _expect_product(e: Expr, softmax: Node) -> None:

@@ -101,16 +101,16 @@ def _unmasked(e: Expr, anchor: Node) -> tuple[Expr, Expr]:
 
 def _scores(e: Expr, query: n.Var, entry: n.Var, anchor: Node) -> tuple[n.Load, n.Load, n.Load, float, n.Var, n.Var]:
     """q, k, weights, scale, channel and head of ``c * sum_h w[s, h] * relu(sum_d q[s, h, d] * k[j, d])``."""
-    scale, e = _constant(e)
+    scale, e = n.scaled(e)
     if not isinstance(e, n.Reduce) or e.kind != "sum":
         raise Refused("the scores are not a sum over heads", anchor)
-    more, body = _constant(e.body)
+    more, body = n.scaled(e.body)
     factors = list(body.arguments) if isinstance(body, n.Apply) and body.function == "mul" else [body]
     rectified = [f for f in factors if isinstance(f, n.Apply) and f.function == "relu"]
     weights = [f for f in factors if isinstance(f, n.Load) and entry not in f.variables]
     if len(rectified) != 1 or len(weights) != 1 or len(factors) != 2:
         raise Refused("the scores are not rectified products weighted by head", anchor)
-    inner, product = _constant(rectified[0].arguments[0])
+    inner, product = n.scaled(rectified[0].arguments[0])
     if inner <= 0:
         raise Refused("the products are rectified after a change of sign", anchor)
     if not isinstance(product, n.Reduce) or not isinstance(product.body, n.Apply):
@@ -121,13 +121,6 @@ def _scores(e: Expr, query: n.Var, entry: n.Var, anchor: Node) -> tuple[n.Load, 
     if len(operands) != 2 or len(q) != 1 or len(k) != 1 or e.variable in k[0].variables:
         raise Refused("the rectified products are not of queries by head and shared keys", anchor)
     return q[0], k[0], weights[0], scale * more * inner, product.variable, e.variable
-
-
-def _constant(e: Expr) -> tuple[float, Expr]:
-    match e:
-        case n.Apply("mul", (n.Const(value), *rest)):
-            return float(value), n.product(tuple(rest))
-    return 1.0, e
 
 
 def _sentinel(context: Context, picked: Node, keep: Expr, index: tuple[n.Var, ...], structure: masks.Structure) -> Node:
