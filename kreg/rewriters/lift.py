@@ -24,12 +24,14 @@ class Lifter:
 
     Attributes:
         opaque: nodes that are not looked into, whatever computes them (outputs of sites already found).
-        origin: for each expression met, the innermost node and index it is an element of.
+        cuts: index variables that operands were met to take apart, and where (`notation.cuts`).
+        origins: for each expression met, the nodes and indices that it is an element of, innermost first.
     """
 
     def __init__(self, opaque: Collection[Node] = ()) -> None:
         self.opaque = frozenset(opaque)
-        self.origin: dict[Expr, tuple[Node, Index]] = {}
+        self.origins: dict[Expr, list[tuple[Node, Index]]] = {}
+        self.cuts: set[tuple[n.Var, int]] = set()
         self._memo: dict[tuple[Node, Index], Expr] = {}
 
     def element(self, node: Node, index: Index) -> Expr:
@@ -38,14 +40,14 @@ class Lifter:
         key = (node, index)
         if key not in self._memo:
             self._memo[key] = self._lift(node, index)
-            self.origin.setdefault(self._memo[key], key)
+            self.origins.setdefault(self._memo[key], []).append(key)
         return self._memo[key]
 
     def operand(self, node: Node, index: Index) -> Expr:
         """The element of a contraction's operand: through views, casts and constant factors, no further.
 
-        The load is of the innermost node on the way whose dimensions are the index variables themselves, so
-        that it can be bound as it stands: heads that were repeated are seen before their repetition.
+        The load is of the innermost node on the way whose dimensions are index variables, each by itself or
+        several flattened, so that it can be bound as it stands: repeated heads are seen before their repetition.
         """
         from kreg.rewriters.lift_ops import LAYOUT, SCALING, leads_to_structure
 
@@ -62,10 +64,11 @@ class Lifter:
             else:
                 break
             index = _normal(node, index)
-            if _is_plain(node, index):
+            self.cuts.update(cut for i in index for cut in n.cuts(i))
+            if _is_regular(node, index):
                 best = (node, index, factor)
         found = load(best[0], best[1])
-        self.origin.setdefault(found, (best[0], best[1]))
+        self.origins.setdefault(found, []).append((best[0], best[1]))
         return n.mul(n.Const(best[2]), found) if best[2] != 1.0 else found
 
     def value(self, arg: Any, index: Index) -> Expr:
@@ -115,27 +118,11 @@ def _normal(node: Node, index: Index) -> Index:
     return tuple(n.ZERO if s == 1 else i for s, i in zip(shape_of(node), index, strict=True))
 
 
-def _is_plain(node: Node, index: Index) -> bool:
-    """Whether every dimension is indexed by a variable of its own, in full, or by a group of one."""
-    seen: set[Expr] = set()
-    for extent, i in zip(shape_of(node), index, strict=True):
-        if extent == 1:
-            continue
-        if not isinstance(i, n.Var) and not _is_group(i):
-            return False
-        high = n.upper(i)
-        if high is None or n.add(high, n.ONE) != n.size(extent) or i.variables & seen:
-            return False
-        seen |= i.variables
-    return True
-
-
-def _is_group(i: Expr) -> bool:
-    """Whether an index numbers equal runs of a variable's values."""
-    match i:
-        case n.Apply("floordiv", (n.Var(), n.Const(run))):
-            return isinstance(run, int) and run > 0
-    return False
+def _is_regular(node: Node, index: Index) -> bool:
+    """Whether every dimension is indexed by variables of its own, through its whole extent."""
+    found = [n.digits(i, extent) for i, extent in zip(index, shape_of(node), strict=True)]
+    every = [v for group in found for v in group or ()]
+    return None not in found and len(set(every)) == len(every)
 
 
 def _too_large(e: Expr) -> bool:

@@ -554,10 +554,13 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     return lifter.element(source, (*index[: used[0]], *at, *index[used[0] + width :]))
 
 
-def _cumsum(lifter: Lifter, node: Node, index: Index) -> Expr:
+def _cumsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    """Sums of places and constants; those of data stay a tensor, so that equal elements of it are seen to be equal."""
     source, dim = _source(node), _dim(_args(node)[1], len(index))
     u = n.fresh("u", shape_of(source)[dim])
     body = _numeric(lifter.element(source, (*index[:dim], u, *index[dim + 1 :])))
+    if any(isinstance(part, n.Load) for part in body.walk()):
+        return None
     return n.total(u, n.where(n.le0(n.sub(u, index[dim])), body, n.ZERO))
 
 

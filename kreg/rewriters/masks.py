@@ -6,8 +6,8 @@ the model wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 
 from kreg.rewriters import notation as n
 from kreg.rewriters.notation import Expr
@@ -55,72 +55,197 @@ def _zero_one(e: Expr) -> Expr | None:
 
 @dataclass(frozen=True)
 class Structure:
-    """The conjunction a mask was proven to be.
+    """The conjunction a mask was proven to be; ``p = query + offset`` is a query's position.
 
     Attributes:
-        causal: key <= query + offset.
-        window: key > query + offset - window; 0 for none.
+        causal: key <= p.
+        window: key > p - window; 0 for none. Without ``causal`` also key < p + window.
+        chunk: key // chunk == p // chunk; 0 for none.
+        prefix: keys below it are kept whatever the four above say.
         offset: position of query 0.
-        ratio: (key + 1) * ratio <= query + offset + 1: compressed entries that are causally ready; 0 for none.
+        ratio: (key + 1) * ratio <= p + 1: compressed entries that are causally ready; 0 for none.
         selected: the tensor element whose values, over its last index, name the keys.
-        padding: conditions on (batch, key) read from an input.
+        documents: the element that keys and queries agree on, at the key.
+        padding: conditions on (batch, key) that are read from an input.
         rest: conditions that fit no structure.
     """
 
     causal: bool = False
     window: int = 0
+    chunk: int = 0
+    prefix: int = 0
     offset: int = 0
     ratio: int = 0
     selected: n.Load | None = None
+    documents: n.Load | None = None
     padding: tuple[Expr, ...] = ()
     rest: tuple[Expr, ...] = ()
 
+    @property
+    def is_band(self) -> bool:
+        """Whether nothing but distances and places count: no input, no selection, nothing unproven."""
+        return not (self.ratio or self.selected or self.documents or self.padding or self.rest)
+
 
 def leaves_keys(s: Structure, queries: n.Sized, keys: n.Sized) -> bool:
-    """Whether causal and window masks provably leave every query a key."""
-    if s.causal and s.offset < 0:
+    """Whether the structure provably leaves every query a key: the one at its own position, or any."""
+    if s.ratio or s.selected or s.padding or s.rest:
         return False
-    last = n.add(n.size(queries), n.Const(s.offset - 1))
-    reach = n.add(n.size(keys), n.Const(s.window - 2))
-    return not s.window or n.never_negative(n.sub(reach, last))
+    if s.prefix > 0:
+        return s.documents is None
+    own_is_first = s.offset >= 0
+    own_is_a_key = n.never_negative(n.sub(n.size(keys), n.add(n.size(queries), n.Const(s.offset))))
+    if s.chunk or s.documents:
+        return own_is_first and own_is_a_key
+    if not s.causal and not s.window:
+        return True
+    if s.window and not own_is_a_key:  # the last query's window may begin behind the last key
+        last = n.add(n.size(queries), n.Const(s.offset - 1))
+        reach = n.add(n.size(keys), n.Const(s.window - 2))
+        return own_is_first and n.never_negative(n.sub(reach, last))
+    return own_is_first
 
 
-def read(keep: Expr, query: Expr, key: Expr, batch: Expr | None) -> Structure:
-    """Reads the structure of a condition over query and key indices."""
-    causal_at: list[int] = []
-    window_at: list[int] = []
-    blocks: list[tuple[int, int]] = []
-    selected: list[n.Load] = []
-    padding: list[Expr] = []
+def read(keep: Expr, query: Expr, key: Expr, batch: Collection[Expr], square: bool = False) -> Structure:
+    """Reads the structure of a condition over query and key indices.
+
+    Args:
+        batch: the variables a padding mask may be indexed by besides the key.
+        square: whether there are as many queries as keys: then a window as far ahead as behind is told as such.
+    """
+    found = _Found()
     rest: list[Expr] = []
     for condition in n.conjuncts(keep):
-        band = _band(condition, query, key) or _first_key(condition, query, key)
-        member = _member(condition, key)
-        if band is not None and band[:2] == (1, -1):
-            causal_at.append(-band[2])
-        elif band is not None and band[:2] == (-1, 1):
-            window_at.append(band[2])
-        elif band is not None and band[0] > 1 and band[1] == -1:
-            blocks.append((band[0], band[0] - 1 - band[2]))
-        elif member is not None:
-            selected.append(member)
-        elif key in condition.variables and condition.variables <= {key, batch}:
-            padding.append(condition)
-        else:
+        if not found.takes(condition, query, key, batch):
             rest.append(condition)
-    offset = min(causal_at, default=0)
-    first = max(window_at, default=None)
-    if len(blocks) > 1 or len(selected) > 1 or (blocks and causal_at):
+    structure = found.structure(square)
+    if structure is None:
         return Structure(rest=n.conjuncts(keep))
-    return Structure(
-        causal=bool(causal_at),
-        window=0 if first is None else offset + 1 - first,
-        offset=blocks[0][1] if blocks else offset,
-        ratio=blocks[0][0] if blocks else 0,
-        selected=selected[0] if selected else None,
-        padding=tuple(padding),
-        rest=tuple(rest),
-    )
+    misplaced = [c for c, at in found.placed if at != structure.offset]
+    if structure.documents is not None:
+        own = n.substitute(structure.documents, {key: n.add(query, n.Const(structure.offset))})  # type: ignore[dict-item]
+        misplaced.extend(c for c, at_query in found.documents if at_query != own)
+    chunk = 0 if any(c in misplaced for c, _ in found.placed) else structure.chunk
+    documents = None if any(c in misplaced for c, _ in found.documents) else structure.documents
+    return replace(structure, chunk=chunk, documents=documents, rest=(*rest, *misplaced))
+
+
+@dataclass
+class _Found:
+    """Conditions by kind, while a conjunction is read."""
+
+    causal: list[int] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
+    prefixes: list[int] = field(default_factory=list)
+    placed: list[tuple[Expr, int]] = field(default_factory=list)
+    selected: list[n.Load] = field(default_factory=list)
+    documents: list[tuple[Expr, Expr]] = field(default_factory=list)
+    at_key: list[n.Load] = field(default_factory=list)
+    padding: list[Expr] = field(default_factory=list)
+    beside_prefix: bool = False  # a band that the prefix does not loosen
+    bands: int = 0
+
+    def takes(self, condition: Expr, query: Expr, key: Expr, batch: Collection[Expr]) -> bool:
+        """Whether a condition has a place here."""
+        band = _band(condition, query, key) or _first_key(condition, query, key)
+        if band is not None and band[:2] == (1, -1):
+            self.causal.append(-band[2])
+            self.bands += 1
+        elif band is not None and band[:2] == (-1, 1):
+            self.first.append(band[2])
+            self.bands += 1
+        elif band is not None and band[0] > 1 and band[1] == -1:
+            self.blocks.append((band[0], band[0] - 1 - band[2]))
+        elif (chunk := _chunk(condition, query, key)) is not None:
+            self.chunks.append(chunk[0])
+            self.placed.append((condition, chunk[1]))
+            self.bands += 1
+        elif (member := _member(condition, key)) is not None:
+            self.selected.append(member)
+        elif (pair := _same(condition, query, key)) is not None:
+            self.documents.append((condition, pair[0]))
+            self.at_key.append(pair[1])
+        elif (prefix := _prefix(condition, query, key)) is not None:
+            self.beside_prefix |= self.bands > 0
+            self.prefixes.append(prefix[0])
+            taken = all(self.takes(inner, query, key, ()) for inner in prefix[1])
+            self.bands = 0
+            return taken
+        elif key in condition.variables and condition.variables <= {key, *batch}:
+            self.padding.append(condition)
+        else:
+            return False
+        return True
+
+    def structure(self, square: bool) -> Structure | None:
+        """The conditions together; None where they do not make one structure."""
+        lists = (self.blocks, self.selected, self.chunks, self.at_key, self.prefixes)
+        if any(len(set(found)) > 1 for found in lists) or (self.blocks and (self.causal or self.first or self.chunks)):
+            return None
+        if self.prefixes and (self.beside_prefix or self.bands):
+            return None
+        offset, first = min(self.causal, default=None), max(self.first, default=None)
+        causal, window = offset is not None, 0
+        if offset is None and first is not None:
+            return None
+        if offset is None:
+            offset = self.placed[0][1] if self.placed else 0
+        if first is not None:
+            window = offset + 1 - first
+            if window < 1:
+                return None
+            if square and offset > 0 and first == -offset and not self.prefixes:
+                causal, window, offset = False, offset + 1, 0
+        return Structure(
+            causal=causal,
+            window=window,
+            chunk=self.chunks[0] if self.chunks else 0,
+            prefix=self.prefixes[0] if self.prefixes else 0,
+            offset=self.blocks[0][1] if self.blocks else offset,
+            ratio=self.blocks[0][0] if self.blocks else 0,
+            selected=self.selected[0] if self.selected else None,
+            documents=self.at_key[0] if self.at_key else None,
+            padding=tuple(self.padding),
+        )
+
+
+def _chunk(condition: Expr, query: Expr, key: Expr) -> tuple[int, int] | None:
+    """``(query + c) // chunk == key // chunk`` as (chunk, c)."""
+    match condition:
+        case n.Apply("eq0", (n.Linear(((a, c), (b, d)), 0),)) if c + d == 0 and abs(c) == 1:
+            for x, y in ((a, b), (b, a)):
+                match x, y:
+                    case n.Apply("floordiv", (of_key, n.Const(chunk))), n.Apply("floordiv", (of_query, n.Const(same))):
+                        terms, offset = n.parts(of_query)
+                        if of_key == key and chunk == same and isinstance(chunk, int) and terms == {query: 1}:
+                            return chunk, offset
+    return None
+
+
+def _same(condition: Expr, query: Expr, key: Expr) -> tuple[Expr, n.Load] | None:
+    """Elements of one tensor at the query and at the key that are equal."""
+    match condition:
+        case n.Apply("eq0", (n.Linear(((n.Load() as a, c), (n.Load() as b, d)), 0),)):
+            for x, y in ((a, b), (b, a)):
+                apart = {query, key} & y.variables == {key} and {query, key} & x.variables == {query}
+                if apart and a.node is b.node and c + d == 0:
+                    return x, y
+    return None
+
+
+def _prefix(condition: Expr, query: Expr, key: Expr) -> tuple[int, tuple[Expr, ...]] | None:
+    """``key < prefix or (the rest)`` as (prefix, the rest's conditions)."""
+    if not isinstance(condition, n.Apply) or condition.function != "or":
+        return None
+    bounds = [(a, found) for a in condition.arguments if (found := _band(a, query, key)) and found[:2] == (1, 0)]
+    others = [a for a in condition.arguments if all(a is not b for b, _ in bounds)]
+    if len(bounds) != 1 or len(others) != 1:
+        return None
+    inner = n.conjuncts(others[0])
+    bands = all(_band(c, query, key) is not None or _chunk(c, query, key) is not None for c in inner)
+    return (1 - bounds[0][1][2], inner) if bands else None
 
 
 def _band(condition: Expr, query: Expr, key: Expr) -> tuple[int, int, int] | None:
@@ -129,7 +254,8 @@ def _band(condition: Expr, query: Expr, key: Expr) -> tuple[int, int, int] | Non
         case n.Apply("le0", (inner,)):
             terms, constant = n.parts(inner)
             if terms.keys() <= {query, key} and terms.keys() >= {key}:
-                return terms[key], terms.get(query, 0), constant
+                a = terms[key]
+                return a, -a if query == n.ZERO else terms.get(query, 0), constant
     return None
 
 

@@ -525,6 +525,43 @@ def _within(e: Expr, limit: Expr) -> bool:
     return never_negative(sub(sub(limit, ONE), high))
 
 
+# ── mixed radix ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def digits(index: Expr, extent: Sized) -> tuple[Var, ...] | None:
+    """The variables whose mixed-radix number an index is, most significant first, if it runs through the extent.
+
+    None if it is no such number; no variables for an extent of 1.
+    """
+    if extent == 1:
+        return ()
+    terms, constant = parts(index) if is_integral(index) else ({}, 1)
+    rising = sorted(terms.items(), key=lambda item: item[1])
+    weight: Sized = 1
+    for atom, c in rising:
+        if not isinstance(atom, Var) or c != weight:
+            return None
+        weight = weight * atom.size
+    same = constant == 0 and bool(rising) and sympy.expand(weight - extent) == 0
+    return tuple(atom for atom, _ in reversed(rising) if isinstance(atom, Var)) if same else None
+
+
+def number(variables: tuple[Var, ...]) -> Expr:
+    """The mixed-radix number of variables, most significant first."""
+    result: Expr = ZERO
+    for variable in variables:
+        result = add(times(result, size(variable.size)), variable)
+    return result
+
+
+def cuts(e: Expr) -> Iterator[tuple[Var, int]]:
+    """Places where an expression cuts a variable in two: ``v // radix`` and ``v % radix``."""
+    for part in e.walk():
+        match part:
+            case Apply("floordiv" | "mod", (Var() as variable, Const(radix))) if isinstance(radix, int) and radix > 1:
+                yield variable, radix
+
+
 # ── booleans ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from kreg.registry.library import overload
 from kreg.rewriters.graph import aten, upstream
 from kreg.rewriters.lift_ops import LAYOUT
-from kreg.rewriters.site import Calls, Operand, Site
+from kreg.rewriters.site import Calls, Extent, Operand, Site
 
 SITE = "kreg_site"
 """Key in an op node's ``meta``: the id of the site it stands for."""
@@ -82,7 +82,7 @@ def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node
     removed: dict[str, tuple[Node, ...]] = {}
     for site in sites:
         outputs = [output.node for output in site.outputs]
-        inner = set(upstream(outputs, {operand.node for operand in site.operands.values()}))
+        inner = set(upstream(outputs, {node for operand in site.operands.values() for node in operand.nodes}))
         gone = {node for node in inner if node in outputs or copies[node] not in alive}
         removed[site.id] = tuple(node for node in copies if node in gone and node not in counted)
         counted |= gone
@@ -104,9 +104,16 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
         node.meta["trains"] = any(source.meta.get("trains", False) for source in node.all_input_nodes)
         return node
 
+    def fill(argument: Any) -> Any:
+        if isinstance(argument, Operand):
+            return bring(argument)
+        if isinstance(argument, Extent):
+            return call(aten.sym_size.int, copy(argument.node), argument.dim)
+        return [fill(part) for part in argument] if isinstance(argument, list) else argument
+
     def apply(node: Node, calls: Calls) -> Node:
         for target, args in calls:
-            node = call(target, node, *args)
+            node = call(target, node, *(fill(argument) for argument in args))
         return node
 
     def bring(operand: Operand | None) -> Node | None:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from kreg.registry.op import Op
-from kreg.rewriters import notation as n
-from kreg.rewriters.graph import aten, dtype_of, module_path, shape_of, source_line
-from kreg.rewriters.lift import Index
+from kreg.rewriters.graph import aten, dtype_of, module_path, source_line
 
-Calls = tuple[tuple[Any, tuple[Any, ...]], ...]
-"""Operators to apply one after the other, each with its further positional arguments."""
+Call = tuple[Any, tuple[Any, ...]]
+"""An operator to apply, with its further positional arguments: constants, an `Operand`, lists with an `Extent`."""
+
+Calls = tuple[Call, ...]
+"""Operators to apply one after the other."""
 
 
 class Refused(Exception):
@@ -28,6 +30,14 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
+class Extent:
+    """The size of a node's dimension, as an argument."""
+
+    node: Node
+    dim: int
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor argument: a node of the captured graph, and how to bring it into the op's layout."""
 
@@ -36,9 +46,21 @@ class Operand:
 
     def cast(self, dtype: torch.dtype) -> Operand:
         """The same operand in another dtype."""
-        if dtype_of(self.node) == dtype:
-            return self
-        return Operand(self.node, (*self.calls, (aten.to.dtype, (dtype,))))
+        return self if dtype_of(self.node) == dtype else self.then(aten.to.dtype, dtype)
+
+    def then(self, target: Any, *args: Any) -> Operand:
+        """The same operand with one more call."""
+        return Operand(self.node, (*self.calls, (target, args)))
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """Every node of the captured graph that is read, further operands of the calls included."""
+        yield self.node
+        for part in tree_leaves([args for _, args in self.calls]):
+            if isinstance(part, Operand):
+                yield from part.nodes
+            elif isinstance(part, Extent):
+                yield part.node
 
 
 @dataclass(frozen=True)
@@ -126,53 +148,3 @@ class NearMiss:
             "node": at.name,
             "reason": f"{self.reason} ({line})" if line else self.reason,
         }
-
-
-def arrange(node: Node, index: Index, want: tuple[n.Expr | None, ...], what: str) -> Operand:
-    """Views that bring ``node``, indexed by ``index``, into the order of ``want``.
-
-    Each expression of ``want`` must be the index of one dimension, or be missing from ``index``, which gives a
-    dimension of size 1; None asks for a dimension of size 1. Dimensions of the node that are not wanted must be
-    of size 1.
-
-    Raises:
-        Refused: a dimension of the node that has no place.
-    """
-    left = dict(enumerate(index))
-    order: list[int | None] = []
-    for expression in want:
-        found = next((d for d, i in left.items() if expression is not None and i == expression), None)
-        if found is not None:
-            del left[found]
-        order.append(found)
-    strays = [d for d in left if shape_of(node)[d] != 1]
-    if strays:
-        raise Refused(f"dimension {strays[0]} of the {what} does not line up with the other operands", node)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (aten.slice.Tensor, (d, 0, extent)) for d, extent in _fewer(node, index)
-    ]
-    calls.extend((aten.squeeze.dim, (d,)) for d in sorted(left, reverse=True))
-    permutation = [d - sum(gone < d for gone in left) for d in order if d is not None]
-    if permutation != sorted(permutation):
-        calls.append((aten.permute.default, (permutation,)))
-    calls.extend((aten.unsqueeze.default, (d,)) for d, place in enumerate(order) if place is None)
-    return Operand(node, tuple(calls))
-
-
-def _fewer(node: Node, index: Index) -> Iterator[tuple[int, int]]:
-    """Dimensions of which an index reads a first part only, and its length."""
-    for d, (extent, i) in enumerate(zip(shape_of(node), index, strict=True)):
-        if isinstance(i, n.Var) and isinstance(i.size, int) and i.size != extent:
-            yield d, i.size
-
-
-def arranged_back(node: Node, index: Index, have: tuple[n.Expr | None, ...]) -> Calls:
-    """Views that bring a result indexed by ``have`` into the layout of ``node``, indexed by ``index``."""
-    missing = [d for d, expression in enumerate(have) if expression is None or expression not in index]
-    kept = [expression for d, expression in enumerate(have) if d not in missing]
-    calls: list[tuple[Any, tuple[Any, ...]]] = [(aten.squeeze.dim, (d,)) for d in reversed(missing)]
-    order = [kept.index(i) for i in index if i in kept]
-    if order != sorted(order):
-        calls.append((aten.permute.default, (order,)))
-    calls.extend((aten.unsqueeze.default, (d,)) for d, i in enumerate(index) if i not in kept)
-    return tuple(calls)

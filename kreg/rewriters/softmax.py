@@ -1,195 +1,118 @@
-"""Softmax attention in index notation: ``out = sum_t softmax_t(cap(scale * q.k) + masks) * v``.
+"""Attention as it is found: ``out = sum_t softmax_t(logits) * v``, from a softmax or from PyTorch's fused operator.
 
-One reading serves every rule that wants attention of some kind: it starts at a softmax, finds the product with
-the values that consumes it, and takes the scores apart into the product with the keys, constants, masks and
-biases. Identities used: a softmax does not change when all its logits shift by the same amount; a logit that no
-value stands behind is a sink.
+One reading serves every rule that wants attention of some kind. It starts at an anchor, writes the result's element
+in index notation, takes the scores apart (`scores.py`), and gives each index variable its role (`roles.py`).
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
+from kreg.rewriters.anchors import DROPOUTS, is_sdpa, logits_of
+from kreg.rewriters.arrange import Group
 from kreg.rewriters.graph import aten, dtype_of, shape_of, users
-from kreg.rewriters.lift import Index, Lifter, variables
-from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE, SOFTMAXES
-from kreg.rewriters.masks import NEGLIGIBLE, keep_of
-from kreg.rewriters.notation import Expr
+from kreg.rewriters.lift import Index, Lifter
+from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE
+from kreg.rewriters.notation import Expr, Var
+from kreg.rewriters.roles import Roles, assign
+from kreg.rewriters.scores import Scores, factors_of, sum_over, summands, take_apart
+from kreg.rewriters.sdpa import read_sdpa
 from kreg.rewriters.site import Refused
 
-DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
-LOGITS = frozenset(
-    {
-        *(
-            aten.add.Tensor,
-            aten.sub.Tensor,
-            aten.mul.Tensor,
-            aten.div.Tensor,
-            aten.mul.Scalar,
-            aten.div.Scalar,
-        ),
-        *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
-        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tanh.default, aten.baddbmm.default),
-        *(aten.clamp.default, aten._to_copy.default, aten.to.dtype),
-    }
-)
-"""What may stand between the product with the keys and the softmax, for the softmax to be an anchor."""
-WEIGHTS = frozenset(
-    {
-        *(
-            aten.mul.Tensor,
-            aten.div.Tensor,
-            aten.mul.Scalar,
-            aten.div.Scalar,
-            aten._to_copy.default,
-            aten.to.dtype,
-        ),
-        *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
-        *(aten.add.Tensor, aten.sub.Tensor),
-    }
-)
-"""What may stand between the softmax and the product with the values, likewise."""
-
-
-@dataclass(frozen=True)
-class MaskTerm:
-    """One mask on the scores: kept where ``keep``; ``expression`` is what was added, or the condition itself.
-
-    ``infinite`` tells -inf from a large finite number, which leaves uniform weights where everything is masked.
-    """
-
-    keep: Expr
-    expression: Expr
-    additive: bool
-    infinite: bool
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The logits of one key, taken apart."""
-
-    product: Expr
-    scale: float
-    softcap: float
-    masks: tuple[MaskTerm, ...]
-    biases: tuple[Expr, ...]
-    shift: tuple[Expr, ...]
-
-    @property
-    def keep(self) -> Expr:
-        """The condition that all masks together make."""
-        result: Expr = n.TRUE
-        for mask in self.masks:
-            result = n.and_(result, mask.keep)
-        return result
+Zeroed = Literal["never", "infinite", "always"]
+MOST_CUTS = 6
+"""How often index variables are cut into digits before a reading gives up."""
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxAttention:
+class Attention:
     """An attention as it was found, before any rule asks for more.
 
     Attributes:
         lifter: what lifted it.
-        softmax: the softmax node; ``weights`` is the index of the weight of key ``t`` in it.
-        output: the product with the values, indexed by (batch, head, query, value) = ``index``.
-        query, key, head, batch, channel: those variables; head and batch are None where the graph has none.
-        q, k, v: elements of the operands.
+        anchor: the softmax, or the fused operator.
+        output: the product with the values, whose element was read at ``index``.
+        v: element of the values; q and k are in ``scores.product``.
+        scores: the logits taken apart.
+        scores_at: the logits of another key than ``roles.key``.
         sinks: the logit without a value, or None.
+        factor: a constant on the result.
+        zeroed: whether the graph gives 0 for a query without keys: "always", where masks are -inf, or "never".
+        roles: the part that each index variable plays.
     """
 
     lifter: Lifter
-    softmax: Node
-    weights: n.Softmax
+    anchor: Node
     output: Node
     index: Index
-    batch: Expr | None
-    head: Expr | None
-    query: n.Var
-    key: n.Var
-    channel: Expr
-    q: n.Load
-    k: n.Load
     v: n.Load
-    inner: n.Var
     scores: Scores
+    scores_at: Callable[[Expr], Scores]
     sinks: Expr | None
+    factor: float
+    zeroed: Zeroed
+    roles: Roles
 
-    def scores_at(self, key: Expr) -> Scores:
-        """The logits of another key."""
-        return _scores(self.lifter, self.softmax, _place(self.weights, self.key, key))
+    @property
+    def q(self) -> n.Load:
+        """Element of the queries."""
+        return self.scores.product.q
 
-
-def is_attention(softmax: Node) -> bool:
-    """Whether a softmax stands between two matrix products: the anchor of every attention rule."""
-    if softmax.target not in SOFTMAXES or not isinstance(softmax.args[0], Node):
-        return False
-    return _from_product(softmax.args[0], 10) and _to_product(softmax, 10)
-
-
-def _from_product(node: Node, depth: int) -> bool:
-    if node.op != "call_function" or depth == 0:
-        return False
-    if node.target in CONTRACTIONS or node.target is aten.baddbmm.default:
-        return True
-    if node.target is aten.cat.default:
-        return any(_from_product(piece, depth - 1) for piece in node.args[0])  # type: ignore[union-attr, arg-type]
-    if node.target not in LAYOUT and node.target not in LOGITS:
-        return False
-    return any(_from_product(i, depth - 1) for i in node.all_input_nodes)
+    @property
+    def k(self) -> n.Load:
+        """Element of the keys."""
+        return self.scores.product.k
 
 
-def _to_product(node: Node, depth: int) -> bool:
-    if depth == 0:
-        return False
-    for user in users(node):
-        passes = user.target in LAYOUT or user.target in WEIGHTS or user.target in DROPOUTS
-        if user.target in CONTRACTIONS or (passes and _to_product(user, depth - 1)):
-            return True
-    return False
-
-
-def read(lifter: Lifter, softmax: Node) -> SoftmaxAttention:
+def read(lifter: Lifter, anchor: Node) -> Attention:
     """Takes an attention apart.
 
     Raises:
         Refused: an obligation that does not hold, with its node.
     """
-    output = _consumer(softmax)
-    index = variables(output, "bhsd" if len(shape_of(output)) == 4 else "hsd")
-    if len(index) not in (3, 4):
-        raise Refused(f"the product with the values has {len(index)} dimensions, not 3 or 4", output)
-    weights, v, key = _weighted_values(lifter, output, index)
-    batch, head, query, channel = _roles(index, weights, v, output)
-    place = weights.index[weights.dim]
-    if key.size == 1:
-        raise Refused("there is a single key: its weight is no choice among keys", softmax)
-    if place not in (key, n.add(key, n.ONE)):
-        raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
-    scores = _scores(lifter, softmax, weights.index)
-    sinks = _sink(lifter, softmax, weights, key, scores)
-    q, k, inner = _product(scores.product, query, key, output)
-    return SoftmaxAttention(
-        lifter,
-        softmax,
-        weights,
-        output,
-        index,
-        batch,
-        head,
-        query,
-        key,
-        channel,
-        q,
-        k,
-        v,
-        inner,
-        scores,
-        sinks,
+    output, at = (anchor, _at_sdpa) if is_sdpa(anchor) else (_consumer(anchor), _at_softmax)
+    groups: list[Group] = [(Var(f"x{d}", extent),) if extent != 1 else () for d, extent in enumerate(shape_of(output))]
+    for _ in range(MOST_CUTS):
+        index = tuple(n.number(group) for group in groups)
+        found = at(lifter, anchor, output, index)
+        cut = next(iter(_cuts(found)), None)
+        if cut is None:
+            return found
+        groups = [_cut(group, *cut) for group in groups]
+    raise Refused("heads and batch are flattened in a way that is not read", output)
+
+
+def _cuts(found: Attention) -> list[tuple[Var, int]]:
+    """Index variables to read as two digits: those of batch and heads that an operand or a mask takes apart."""
+    scores = found.scores
+    parts = [*(m.keep for m in scores.masks), *(b.expression for b in scores.biases), found.sinks or n.ZERO]
+    cuts = {cut for part in parts for cut in n.cuts(part)} | found.lifter.cuts
+    shared = {*found.roles.batch, *found.roles.heads}
+    return sorted(
+        ((v, radix) for v, radix in cuts if v in shared and isinstance(radix, int) and _divides(v, radix)),
+        key=lambda cut: (cut[0].name, -cut[1]),
     )
+
+
+def _divides(variable: Var, radix: int) -> bool:
+    extent = variable.size
+    if isinstance(extent, int):
+        return extent % radix == 0 and extent > radix
+    return bool((extent / radix).is_integer)
+
+
+def _cut(group: tuple[Var, ...], variable: Var, radix: int) -> tuple[Var, ...]:
+    if variable not in group:
+        return group
+    high = variable.size // radix if isinstance(variable.size, int) else variable.size / radix
+    at = group.index(variable)
+    digits = (Var(f"{variable.name}/{radix}", high), Var(f"{variable.name}%{radix}", radix))
+    return (*group[:at], *digits, *group[at + 1 :])
 
 
 def _consumer(softmax: Node) -> Node:
@@ -214,171 +137,89 @@ def _active(dropout: Node) -> bool:
     return bool(dropout.args[1] != 0.0 and dropout.args[2])
 
 
-def _factors(e: Expr) -> tuple[Expr, ...]:
-    return e.arguments if isinstance(e, n.Apply) and e.function == "mul" else (e,)
-
-
-def _weighted_values(lifter: Lifter, output: Node, index: Index) -> tuple[n.Softmax, n.Load, n.Var]:
-    found = lifter.element(output, index)
-    if not isinstance(found, n.Reduce) or found.kind != "sum":
+def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> Attention:
+    summed, factor, body = sum_over(lifter.element(output, index))
+    if len(summed) != 1:
         raise Refused("the product with the values has a form that is not read", output)
-    factors = _factors(found.body)
-    weights = [f for f in factors if isinstance(f, n.Softmax)]
+    key = Var("t", summed[0].size)
+    if key.size == 1:
+        raise Refused("there is a single key: its weight is no choice among keys", softmax)
+    body = n.substitute(body, {summed[0]: key})
+    weights, v, condition = _weighted_values(body, output)
+    source, dim = logits_of(softmax)
+    if weights.index[dim] not in (key, n.add(key, n.ONE)):
+        raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
+    if any(key in i.variables for d, i in enumerate(weights.index) if d != dim):
+        raise Refused("the weights are a diagonal", softmax)
+
+    def scores_at(at: Expr) -> Scores:
+        place = tuple(n.substitute(i, {key: at}) for i in weights.index)
+        return take_apart(lifter.element(source, place), at, dtype_of(output), softmax)
+
+    scores = scores_at(key)
+    if condition is not None and condition != scores.keep:
+        raise Refused("weights are masked after the softmax by another condition than before it", output)
+    sinks = _sink(lifter, softmax, weights, key, scores)
+    roles = assign(index, weights.index, key, scores, v, sinks, output)
+    zeroed: Zeroed = "never" if condition is None else "always"
+    return Attention(lifter, softmax, output, index, v, scores, scores_at, sinks, factor, zeroed, roles)
+
+
+def _at_sdpa(lifter: Lifter, node: Node, output: Node, index: Index) -> Attention:
+    found = read_sdpa(lifter, node, index)
+    scores = found.scores
+    roles = assign(index, (*index[:-1], found.key), found.key, scores, found.v, None, node)
+    return Attention(
+        lifter, node, node, index, found.v, scores, lambda _: scores, None, found.factor, "infinite", roles
+    )
+
+
+def _weighted_values(body: Expr, output: Node) -> tuple[n.Softmax, n.Load, Expr | None]:
+    """The weight and the value of a key, and the condition that weights are kept under after the softmax."""
+    factors = factors_of(body)
+    masked = [f for f in factors if isinstance(f, n.Apply) and f.function == "indicator"]
+    conditions = [f.arguments[0] for f in masked]
     values = [f for f in factors if isinstance(f, n.Load)]
-    if len(weights) != 1 or len(values) != 1 or len(factors) != 2:
-        odd = next((f for f in factors if not isinstance(f, (n.Softmax, n.Load))), None)
-        name = odd.function if isinstance(odd, n.Apply) else type(odd).__name__.lower()
-        raise Refused(f"between the softmax and the values there is more than a product ({name})", output)
-    return weights[0], values[0], found.variable
-
-
-def _roles(
-    index: tuple[n.Var, ...], weights: n.Softmax, v: n.Load, output: Node
-) -> tuple[n.Var | None, n.Var, n.Var, n.Var]:
-    """Which dimension of the result is which; any choice is right that keeps queries from the values.
-
-    As most code lays them out where that holds, else by what they index: weights are batch, head, query, key.
-    """
-    *outer, head, query, channel = index
-    rows = [i for i in weights.index if isinstance(i, n.Var) and i in index]
-    in_order = not {head, query} <= set(rows) or rows.index(head) < rows.index(query)
-    if in_order and channel not in rows and query not in v.variables:
-        return (outer[0] if outer else None), head, query, channel
-    channels = [i for i in index if i not in rows and i in v.variables]
-    if len(channels) != 1:
-        raise Refused("the product with the values does not end in one dimension of the values", output)
-    rest = [i for i in index if i not in rows and i not in channels]
-    order = [*rest, *rows]
-    queries = [i for i in order if i not in v.variables]
-    if not queries:
-        raise Refused("the values depend on the query", output)
-    *outer, head = (i for i in order if i != queries[-1])
-    return (outer[0] if outer else None), head, queries[-1], channels[0]
-
-
-def _place(weights: n.Softmax, key: n.Var, at: Expr) -> Index:
-    return tuple(n.substitute(i, {key: at}) for i in weights.index)
-
-
-def _scores(lifter: Lifter, softmax: Node, index: Index) -> Scores:
-    source = softmax.args[0]
-    assert isinstance(source, Node)
-    logits = lifter.element(source, index)
-    key = next(iter(index[_softmax_dim(softmax)].variables), None)
-    masks: list[MaskTerm] = []
-    biases: list[Expr] = []
-    shift: list[Expr] = []
-    cores: list[Expr] = []
-    pending = [logits]
-    while pending:
-        e = pending.pop()
-        keep = keep_of(e)
-        if keep is not None:
-            masks.append(MaskTerm(keep, e, additive=True, infinite=_infinite(e)))
-            continue
-        match e:
-            case n.Apply("add", arguments):
-                pending.extend(arguments)
-                continue
-            case n.Apply("where", (c, x, n.Const(value))) if value <= NEGLIGIBLE:
-                masks.append(MaskTerm(c, c, additive=False, infinite=value == float("-inf")))
-                pending.append(x)
-                continue
-            case n.Apply("where", (c, n.Const(value), x)) if value <= NEGLIGIBLE:
-                masks.append(MaskTerm(n.not_(c), n.not_(c), additive=False, infinite=value == float("-inf")))
-                pending.append(x)
-                continue
-            case n.Apply("rounded:bfloat16" | "rounded:float16", (inner,)) if not _narrower(e, softmax):
-                pending.append(inner)
-                continue
-        if _has_product(e):
-            cores.append(e)
-        elif key is not None and key not in e.variables:
-            shift.append(e)
-        else:
-            biases.append(e)
-    if len(cores) != 1:
-        if any(isinstance(b, n.Softmax) for b in biases):
-            raise Refused("the logits hold another softmax", softmax)
-        raise Refused("the logits are not one product of queries and keys", softmax)
-    product, scale, softcap = _core(cores[0], softmax)
-    return Scores(product, scale, softcap, tuple(masks), tuple(biases), tuple(shift))
-
-
-def _narrower(e: n.Apply, softmax: Node) -> bool:
-    """Whether a rounding in the scores loses more than the result's own dtype does."""
-    result = dtype_of(_consumer(softmax))
-    return str(result).removeprefix("torch.") not in e.function
-
-
-def _softmax_dim(softmax: Node) -> int:
-    rank = len(shape_of(softmax))
-    dim = softmax.args[1]
-    assert isinstance(dim, int)
-    return dim % rank
-
-
-def _infinite(e: Expr) -> bool:
-    return all(part.value == float("-inf") for part in e.walk() if isinstance(part, n.Const) and part.value < -1)
-
-
-def _has_product(e: Expr) -> bool:
-    return any(isinstance(part, n.Reduce) and part.kind == "sum" and not n.is_integral(part) for part in e.walk())
-
-
-def _core(e: Expr, softmax: Node) -> tuple[Expr, float, float]:
-    """``c * cap * tanh(scale / cap * product)`` or ``scale * product``: (product, scale, softcap)."""
-    scale, inner = n.scaled(e)
-    match inner:
-        case n.Apply("tanh", (argument,)):
-            inner_scale, product = n.scaled(argument)
-            _expect_product(product, softmax)
-            return product, inner_scale * scale, scale
-        case n.Apply("rounded:bfloat16" | "rounded:float16", (argument,)) if not _narrower(inner, softmax):
-            more, product = n.scaled(argument)
-            _expect_product(product, softmax)
-            return product, scale * more, 0.0
-    _expect_product(inner, softmax)
-    return inner, scale, 0.0
-
-
-def _expect_product(e: Expr, softmax: Node) -> None:
-    if not isinstance(e, n.Reduce):
+    weights = [f for f in factors if f not in masked and f not in values]
+    if len(values) == 1 and len(weights) == 1 and len(conditions) <= 1:
+        condition: Expr | None = conditions[0] if conditions else None
+        e = weights[0]
+        while True:
+            match e:
+                case n.Softmax():
+                    return e, values[0], condition
+                case n.Apply("rounded:bfloat16" | "rounded:float16", (inner,)):
+                    if str(dtype_of(output)).removeprefix("torch.") not in e.function:
+                        raise Refused(f"the weights are {e.function.replace(':', ' to ')} on the way", output)
+                    e = inner
+                    continue
+                case n.Apply("where", (c, inner, n.Const(0))) if condition is None:
+                    condition, e = c, inner
+                    continue
+                case n.Apply("where", (c, n.Const(0), inner)) if condition is None:
+                    condition, e = n.not_(c), inner
+                    continue
+            break
         name = e.function if isinstance(e, n.Apply) else type(e).__name__.lower()
-        raise Refused(f"the scores pass through {name!r} before the softmax", softmax)
+        raise Refused(f"between the softmax and the values there is more than a product ({name})", output)
+    raise Refused("between the softmax and the values there is more than a product with one tensor", output)
 
 
-def _sink(lifter: Lifter, softmax: Node, weights: n.Softmax, key: n.Var, scores: Scores) -> Expr | None:
-    extent = n.size(shape_of(softmax)[weights.dim])
+def _sink(lifter: Lifter, softmax: Node, weights: n.Softmax, key: Var, scores: Scores) -> Expr | None:
+    source, dim = logits_of(softmax)
+    extent = n.size(shape_of(source)[dim])
     keys = n.size(key.size)
     if extent == keys:
         return None
     if extent != n.add(keys, n.ONE):
         raise Refused("the softmax runs over logits that have no value, and they are not one sink", softmax)
-    at = n.ZERO if weights.index[weights.dim] != key else keys
-    source = softmax.args[0]
-    assert isinstance(source, Node)
-    index = (*weights.index[: weights.dim], at, *weights.index[weights.dim + 1 :])
-    logit = lifter.element(source, index)
-    rest = list(logit.arguments) if isinstance(logit, n.Apply) and logit.function == "add" else [logit]
+    at = n.ZERO if weights.index[dim] != key else keys
+    logit = lifter.element(source, (*weights.index[:dim], at, *weights.index[dim + 1 :]))
+    rest = summands(logit)
     for e in scores.shift:
         if e not in rest:
             raise Refused("the keys' logits are shifted by an amount that the sink's is not", softmax)
         rest.remove(e)
-    if len(rest) != 1:
+    if len(rest) > 1:
         raise Refused("the sink is a sum that is not read", softmax)
-    return rest[0]
-
-
-def _product(e: Expr, query: Expr, key: n.Var, node: Node) -> tuple[n.Load, n.Load, n.Var]:
-    """q, k and the channel they are summed over, from ``sum_d q[.., s, d] * k[.., t, d]``."""
-    assert isinstance(e, n.Reduce)
-    factors = _factors(e.body)
-    operands = [f for f in factors if isinstance(f, n.Load)]
-    if len(operands) != 2 or len(factors) != 2:
-        raise Refused("the scores are not a product of two tensors", node)
-    with_key = [f for f in operands if key in f.variables]
-    with_query = [f for f in operands if query in f.variables]
-    if len(with_key) != 1 or len(with_query) != 1 or with_key == with_query:
-        raise Refused("the scores' operands are not one of queries and one of keys", node)
-    return with_query[0], with_key[0], e.variable
+    return rest[0] if rest else n.Const(0.0)

@@ -16,7 +16,7 @@ from kreg.registry.op import normal
 from kreg.rewriters.graph import upstream
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
-from kreg.rewriters.site import Site
+from kreg.rewriters.site import Extent, Operand, Site
 
 log = logging.getLogger("kreg")
 
@@ -61,7 +61,7 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
 
 
 def _stops(site: Site) -> set[Node]:
-    return {operand.node for operand in site.operands.values()}
+    return {node for operand in site.operands.values() for node in operand.nodes}
 
 
 class Sizes:
@@ -125,7 +125,10 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
                 values[node] = fill(shape, dtype, generator, drawn)
             else:
                 values[node] = _noise(shape, dtype, generator)
-        drawn[name] = _apply(values[node], operand.calls)
+        for further in operand.nodes:
+            if further not in values:
+                values[further] = _noise(sizes.shape(further), further.meta["val"].dtype, generator)
+        drawn[name] = _apply(values, operand)
     for node in inner:
         if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
             values[node] = _noise(sizes.shape(node), node.meta["val"].dtype, generator)
@@ -138,9 +141,19 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
     return (torch.rand(shape, generator=generator) < 0.8).to(dtype)
 
 
-def _apply(value: torch.Tensor, calls: Any) -> torch.Tensor:
-    for target, args in calls:
-        value = target(value, *args)
+def _apply(values: Mapping[Node, Any], operand: Operand) -> torch.Tensor:
+    """An operand's value, from those of the nodes it reads."""
+
+    def fill(argument: Any) -> Any:
+        if isinstance(argument, Operand):
+            return _apply(values, argument)
+        if isinstance(argument, Extent):
+            return values[argument.node].shape[argument.dim]
+        return [fill(part) for part in argument] if isinstance(argument, list) else argument
+
+    value: torch.Tensor = values[operand.node]
+    for target, args in operand.calls:
+        value = target(value, *(fill(argument) for argument in args))
     return value
 
 
@@ -211,7 +224,7 @@ def _judge(value: Any) -> Any:
 def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
     """The op of a site with its kernel, and the views around it, as a function of the same inputs."""
     graph = Graph()
-    inputs = list(dict.fromkeys(operand.node for operand in site.operands.values()))
+    inputs = list(dict.fromkeys(node for operand in site.operands.values() for node in operand.nodes))
     copies = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
@@ -297,6 +310,6 @@ def _scale(value: torch.Tensor) -> float:
 
 
 def _arguments(site: Site, values: Mapping[Node, Any]) -> dict[str, Any]:
-    tensors = {name: _apply(values[o.node], o.calls) for name, o in site.operands.items()}
+    tensors = {name: _apply(values, operand) for name, operand in site.operands.items()}
     attributes = {name: v for name, v in site.attributes.items() if not isinstance(v, Node)}
     return tensors | attributes

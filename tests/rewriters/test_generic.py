@@ -120,7 +120,7 @@ def grouped_by_expand(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 def tiled_heads(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Query head h reads kv head h modulo their number: no grouping that an op knows."""
+    """Query head h reads kv head h modulo their number: the query heads take another order."""
     k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))
     return (q @ k.mT * 0.3).softmax(-1) @ v
 
@@ -174,6 +174,11 @@ def chunked_decode(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return (q @ k.mT * 0.3).masked_fill(~keep, INF).softmax(-1) @ v
 
 
+def no_key_for_the_first_query(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Strictly causal with a finite fill: the first query has uniform weights."""
+    return (q @ k.mT * 0.3).masked_fill(~torch.tril(torch.ones(S, S, dtype=torch.bool), -1), MIN).softmax(-1) @ v
+
+
 TABLE = draw(H, 20, 20, seed=7)
 PADDING = torch.ones(B, 20, dtype=torch.bool)
 PADDING[1, :3] = False
@@ -199,15 +204,16 @@ ATTENTIONS = (
     Case(grouped_by_repeat, qkv(H, 2), dims={"kv_heads": 2}),
     Case(grouped_by_expand, qkv(H, 2), dims={"kv_heads": 2}),
     Case(grouped_by_expand, qkv(H, 1), dims={"kv_heads": 1}),
-    Case(tiled_heads, qkv(H, 2), dims={"kv_heads": 4}),
+    Case(tiled_heads, qkv(H, 2), dims={"kv_heads": 2}),
     Case(soft_capped, kind="causal", attributes={"softcap": 5.0, "scale": 0.3}),
     Case(sink_behind, kind="causal"),
     Case(sink_in_front),
     Case(window_by_two_compares, kind="sliding", attributes={"window": 5, "causal": True}),
     Case(one_minus_mask, kind="causal"),
     Case(relative_bias, (*qkv(), TABLE), kind="input"),
-    Case(boolean_input, (*qkv(), PADDING), kind="input"),
+    Case(boolean_input, (*qkv(), PADDING), kind="padding", attributes={"empty": "nan"}),
     Case(in_higher_precision, kind="causal"),
+    Case(no_key_for_the_first_query, kind="causal", attributes={"offset": -1, "empty": "uniform"}),
     Case(chunked_decode, qkv(queries=3, keys=S), kind="causal", attributes={"offset": S - 3}),
 )
 
@@ -356,11 +362,6 @@ def heads_mixed_afterwards(m: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torc
     return torch.einsum("bhst,hg->bgst", (q @ k.mT * 0.3).softmax(-1), mixing) @ v
 
 
-def no_key_for_the_first_query(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Strictly causal with a finite fill: the first query has uniform weights."""
-    return (q @ k.mT * 0.3).masked_fill(~torch.tril(torch.ones(S, S, dtype=torch.bool), -1), MIN).softmax(-1) @ v
-
-
 def renormalised(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     weights = (q @ k.mT * 0.3).softmax(-1)
     return (weights / (weights.amax(-1, keepdim=True) + 1)) @ v
@@ -388,12 +389,11 @@ def fills_with_a_small_number(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: t
 
 NEAR_MISSES: dict[Callable[..., torch.Tensor], str] = {
     wrong_dimension: "softmax does not run over the keys",
-    masked_afterwards: "more than a product",
+    masked_afterwards: "masked after the softmax",
     weights_used_twice: "used more than once",
     scale_from_the_data: "scores",
-    talking_heads: "one of queries and one of keys",
+    talking_heads: "neither queries nor values have",
     heads_mixed_afterwards: "",
-    no_key_for_the_first_query: "without keys",
     renormalised: "used more than once",
     dropped_out: "dropout is on",
     two_softmaxes: "",

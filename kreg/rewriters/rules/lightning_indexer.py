@@ -10,12 +10,13 @@ from kreg.registry.op import Op
 from kreg.registry.ops import LIGHTNING_INDEXER
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
+from kreg.rewriters.arrange import arrange
 from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked, users
 from kreg.rewriters.lift import variables
 from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.rules.rule import Context, Rule
-from kreg.rewriters.site import Mask, Output, Refused, Site, arrange
+from kreg.rewriters.site import Mask, Output, Refused, Site
 
 OP: Op = LIGHTNING_INDEXER
 
@@ -51,7 +52,7 @@ def find(context: Context, anchor: Node) -> Site:
     if entry.size == 1:
         raise Refused("there is a single entry: nothing to select", anchor)
     keep, scores = _unmasked(context.lifter.element(source, index), anchor)
-    structure = masks.read(keep, query, entry, batch)
+    structure = masks.read(keep, query, entry, (batch,))
     if structure.rest or structure.padding or structure.selected or structure.window or structure.causal:
         raise Refused("the scores' mask is not causal by block", anchor)
     q, k, weights, scale, channel, head = _scores(scores, query, entry, anchor)
@@ -63,9 +64,9 @@ def find(context: Context, anchor: Node) -> Site:
     output = _sentinel(context, picked, keep, index, structure) if structure.ratio else picked
     _order_is_free(output)
     operands = {
-        "q": arrange(q.node, q.index, (batch, query, head, channel), "indexer's queries"),
-        "k": arrange(k.node, k.index, (batch, entry, channel), "indexer's keys"),
-        "weights": arrange(weights.node, weights.index, (batch, query, head), "indexer's weights"),
+        "q": arrange(q.node, q.index, ((batch,), (query,), (head,), (channel,)), "indexer's queries"),
+        "k": arrange(k.node, k.index, ((batch,), (entry,), (channel,)), "indexer's keys"),
+        "weights": arrange(weights.node, weights.index, ((batch,), (query,), (head,)), "indexer's weights"),
     }
     attributes = {
         "scale": scale,

@@ -1,0 +1,73 @@
+"""What an attention can be recognised by: a softmax between two matrix products, or PyTorch's fused operator."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import Node
+
+from kreg.rewriters.graph import aten, shape_of, users
+from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, SOFTMAXES
+
+SDPA = aten.scaled_dot_product_attention.default
+DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
+LOGITS = frozenset(
+    {
+        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+        *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tanh.default),
+        *(aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten._to_copy.default, aten.to.dtype),
+    }
+)
+"""What may stand between the product with the keys and the softmax, for the softmax to be an anchor."""
+WEIGHTS = frozenset(
+    {
+        *(aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten._to_copy.default, aten.to.dtype),
+        *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+        *(aten.add.Tensor, aten.sub.Tensor),
+    }
+)
+"""What may stand between the softmax and the product with the values, likewise."""
+
+
+def is_attention(node: Node) -> bool:
+    """The anchor of every attention rule."""
+    if is_sdpa(node):
+        return True
+    if node.target not in SOFTMAXES or not isinstance(node.args[0], Node):
+        return False
+    return _from_product(node.args[0], 10) and _to_product(node, 10)
+
+
+def is_sdpa(node: Node) -> bool:
+    """Whether a node is PyTorch's fused attention."""
+    return node.target is SDPA
+
+
+def logits_of(softmax: Node) -> tuple[Node, int]:
+    """What a softmax is of, and along which dimension."""
+    source, dim = softmax.args[:2]
+    assert isinstance(source, Node) and isinstance(dim, int)
+    return source, dim % len(shape_of(source))
+
+
+def _from_product(node: Node, depth: int) -> bool:
+    if node.op != "call_function" or depth == 0:
+        return False
+    if node.target in CONTRACTIONS or node.target is aten.baddbmm.default:
+        return True
+    if node.target is aten.cat.default:
+        return any(_from_product(piece, depth - 1) for piece in node.args[0])  # type: ignore[union-attr, arg-type]
+    if node.target not in LAYOUT and node.target not in LOGITS:
+        return False
+    return any(_from_product(i, depth - 1) for i in node.all_input_nodes)
+
+
+def _to_product(node: Node, depth: int) -> bool:
+    if depth == 0:
+        return False
+    for user in users(node):
+        passes = user.target in LAYOUT or user.target in WEIGHTS or user.target in DROPOUTS
+        if user.target in CONTRACTIONS or (passes and _to_product(user, depth - 1)):
+            return True
+    return False

@@ -1,0 +1,150 @@
+"""Views that line a tensor up with an op's dimensions.
+
+A dimension of a node is indexed by a mixed-radix number of index variables (`notation.digits`): one variable, several
+that were flattened together, or none where its size is 1. A dimension of an op is a group of variables, flattened in
+their order. So one routine serves heads that were merged into the batch, groups of heads in a dimension of their own,
+and every order that a model may keep them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from kreg.rewriters import notation as n
+from kreg.rewriters.graph import aten, shape_of
+from kreg.rewriters.lift import Index, Lifter
+from kreg.rewriters.notation import Expr, Sized, Var
+from kreg.rewriters.site import Call, Calls, Extent, Operand, Refused
+
+Group = tuple[Var, ...]
+"""Index variables that make one dimension of an op, most significant first; none for a dimension of size 1."""
+
+
+def arrange(
+    node: Node, index: Index, want: Sequence[Group], what: str, *, full: bool = False, like: Sequence[Extent] = ()
+) -> Operand:
+    """Views that bring ``node``, indexed by ``index``, into one dimension for each group of ``want``.
+
+    A group none of whose variables the node has becomes a dimension of size 1; one of which it has some is expanded
+    to the others.
+
+    Args:
+        full: expand to every variable that the node has not.
+        like: where a symbolic size can be read, should it have to be expanded to.
+
+    Raises:
+        Refused: a dimension of the node that has no place, with ``what`` it is.
+    """
+    calls: list[Call] = []
+    have: list[Group] = []
+    for d, (extent, i) in enumerate(zip(shape_of(node), index, strict=True)):
+        group = n.digits(i, extent)
+        if group is None and (part := _part(i, extent)) is not None:
+            first, variable = part
+            calls.append((aten.slice.Tensor, (d, first, first + variable.size)))
+            group = (variable,)
+        if group is None or any(v in g for v in group for g in have):
+            raise Refused(f"dimension {d} of the {what} does not line up with the other operands", node)
+        have.append(group)
+    wanted = [v for group in want for v in group]
+    for d, group in enumerate(have):
+        if any(v not in wanted for v in group):
+            raise Refused(f"dimension {d} of the {what} does not line up with the other operands", node)
+    return Operand(node, (*calls, *_moves(have, want, full, like)))
+
+
+def bind(lifter: Lifter, expression: Expr, want: Sequence[Group], what: str, like: Sequence[Extent] = ()) -> Operand:
+    """The tensor that holds an expression: of the nodes whose element it is, the innermost that lines up.
+
+    Raises:
+        Refused: none does.
+    """
+    refusal = Refused(f"the {what} has no tensor of its own")
+    for node, index in lifter.origins.get(expression, ()):
+        try:
+            return arrange(node, index, want, what, like=like)
+        except Refused as refused:
+            refusal = refused
+    raise refusal
+
+
+def arranged_back(node: Node, index: Index, have: Sequence[Group]) -> Calls:
+    """Views that bring a result with one dimension for each group of ``have`` into the layout of ``node``."""
+    want = [n.digits(i, extent) for i, extent in zip(index, shape_of(node), strict=True)]
+    if any(group is None for group in want):
+        raise Refused("the result is laid out in a way that is not read", node)
+    return tuple(_moves(have, [group or () for group in want], False, ()))
+
+
+def _part(i: Expr, extent: Sized) -> tuple[int, Var] | None:
+    """An index that reads a stretch of a dimension: its first place, and the variable."""
+    match i:
+        case Var() as variable:
+            first = 0
+        case n.Linear(((Var() as variable, 1),), first):
+            pass
+        case _:
+            return None
+    inside = isinstance(extent, int) and isinstance(variable.size, int) and 0 <= first <= extent - variable.size
+    return (first, variable) if inside else None
+
+
+def _moves(have: Sequence[Group], want: Sequence[Group], full: bool, like: Sequence[Extent]) -> list[Call]:
+    """Views from one grouping of variables to another."""
+    calls: list[Call] = []
+    current = list(have)
+    for d in reversed(range(len(current))):
+        if not current[d]:
+            calls.append((aten.squeeze.dim, (d,)))
+            del current[d]
+        elif current[d] not in want:  # another grouping: each variable gets a dimension of its own
+            if len(current[d]) > 1:
+                calls.append((aten.unflatten.int, (d, _sizes(current[d]))))
+            current[d : d + 1] = [(v,) for v in current[d]]
+    pieces = [_pieces(group, current, full) for group in want]
+    order = [current.index(piece) for piece in (p for group in pieces for p in group) if piece in current]
+    if order != sorted(order):
+        calls.append((aten.permute.default, (order,)))
+    sizes: list[int | Extent] = []
+    for piece in (p for group in pieces for p in group):
+        if piece not in current:
+            calls.append((aten.unsqueeze.default, (len(sizes),)))
+        sizes.append(-1 if piece in current or not piece else extent_of(piece[0], like))
+    if any(size != -1 for size in sizes):
+        calls.append((aten.expand.default, (sizes,)))
+    for d, group in enumerate(pieces):
+        if len(group) > 1:
+            calls.append((aten.flatten.using_ints, (d, d + len(group) - 1)))
+    return calls
+
+
+def _pieces(group: Group, current: Sequence[Group], full: bool) -> list[Group]:
+    """The dimensions that a wanted one is made of: itself, or its variables, or a new one of size 1."""
+    if not group or group in current:
+        return [group]
+    if not full and not any((v,) in current for v in group):
+        return [()]
+    return [(v,) for v in group]
+
+
+def extent_of(variable: Var, like: Sequence[Extent]) -> int | Extent:
+    """The size of a variable: a number, or where it can be read.
+
+    Raises:
+        Refused: it is symbolic and nothing tells it.
+    """
+    if isinstance(variable.size, int):
+        return variable.size
+    for extent in like:
+        if shape_of(extent.node)[extent.dim] == variable.size:
+            return extent
+    raise Refused(f"nothing tells the size of {variable.name}")
+
+
+def _sizes(group: Group) -> list[int]:
+    """Sizes to unflatten to; one of them may be symbolic."""
+    if sum(not isinstance(v.size, int) for v in group) > 1:
+        raise Refused("two symbolic sizes are flattened into one dimension")
+    return [v.size if isinstance(v.size, int) else -1 for v in group]

@@ -1,0 +1,215 @@
+"""What the masks and biases of an attention become: attributes where proven, else the tensors that the model made.
+
+A query whose keys are all masked decides what may be done. In the model it may be 0, NaN, the mean of all values, or
+a softmax of what is left of the scores; the op can say the first three (``empty``). Where neither holds for certain,
+additive masks are passed on as they are, and added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from kreg.rewriters import masks
+from kreg.rewriters import notation as n
+from kreg.rewriters.arrange import Group, bind
+from kreg.rewriters.graph import aten, dtype_of, is_tensor
+from kreg.rewriters.notation import Expr
+from kreg.rewriters.scores import INFINITE, Bias, MaskTerm
+from kreg.rewriters.site import Extent, Mask, Operand, Refused
+from kreg.rewriters.softmax import Attention
+
+ABSORBING = -1e30
+"""Added to a score in any float, this or less leaves nothing of it."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Arguments of the op ``attention``, and what the report says of them."""
+
+    attributes: dict[str, Any]
+    operands: dict[str, Operand]
+    mask: Mask
+    structure: masks.Structure = field(default_factory=masks.Structure)
+
+
+def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
+    """Arguments for the masks and biases of an attention.
+
+    Raises:
+        Refused: a term that no argument can express.
+    """
+    terms, biases = found.scores.masks, found.scores.biases
+    structure = _read(found, terms)
+    empty = _empty(found, terms, biases, structure)
+    added: tuple[MaskTerm, ...] = ()
+    if empty is None:
+        added = tuple(t for t in terms if t.added and t.value != INFINITE)
+        terms = tuple(t for t in terms if t not in added)
+        structure = _read(found, terms)
+        empty = _empty(found, terms, (*biases, *(Bias(t.expression, 1.0, t.depth) for t in added)), structure)
+    if empty is None:
+        raise Refused("a query may have no keys, and what the model gives then is not one thing", found.anchor)
+    operands: dict[str, Operand] = {}
+    summands = [*((b.expression, b.factor) for b in biases), *((t.expression, 1.0) for t in added)]
+    if summands:
+        operands["bias"] = _sum(found, summands, like)
+    operands |= _inputs(found, terms, structure, like)
+    attributes = {
+        "causal": structure.causal,
+        "window": structure.window,
+        "chunk": structure.chunk,
+        "prefix": structure.prefix,
+        "offset": structure.offset,
+        "empty": empty,
+    }
+    return Masking(attributes, operands, describe(structure, operands), structure)
+
+
+def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
+    keep: Expr = n.TRUE
+    for term in terms:
+        keep = n.and_(keep, term.keep)
+    roles = found.roles
+    square = roles.queries == roles.key.size
+    return masks.read(keep, roles.query_index, roles.key, roles.batch, square)
+
+
+def _empty(
+    found: Attention, terms: Sequence[MaskTerm], biases: Sequence[Bias], structure: masks.Structure
+) -> str | None:
+    """The op's ``empty`` under which a query without keys gives what the model gives; None if there is none."""
+    roles = found.roles
+    if found.sinks is not None or masks.leaves_keys(structure, roles.queries, roles.key.size):
+        soft = [t for t in terms if t.value != INFINITE]
+        # beside a bias that may itself mask, a finite mask does not say which keys are left
+        return "zero" if not soft or all(_is_moderate(b) for b in biases) or found.sinks is not None else None
+    if found.zeroed == "always":
+        return "zero"
+    values = {t.value for t in terms}
+    if values == {INFINITE}:
+        return "zero" if found.zeroed == "infinite" else "nan"
+    if len(values) != 1 or any(v != v for v in values):
+        return None
+    (value,) = values
+    fills = [t for t in terms if not t.added]
+    if len(fills) == len(terms):
+        return "uniform" if all(b.depth >= len(fills) for b in biases) else None
+    return "shifted" if len(terms) == 1 and not biases and value <= ABSORBING else None
+
+
+def _is_moderate(bias: Bias) -> bool:
+    """Whether a bias is made of trained parameters, integers and small constants, so that it is no mask itself."""
+    parts = list(bias.expression.walk())
+    small = all(abs(part.value) < -masks.NEGLIGIBLE for part in parts if isinstance(part, n.Const))
+    return small and all(_is_small(part.node) for part in parts if isinstance(part, n.Load))
+
+
+def _is_small(node: Node) -> bool:
+    """Whether a tensor's elements are ordinary numbers: nothing huge or untrained goes into them."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        ordinary = current.meta.get("trains", False) or not is_tensor(current)
+        if current in seen or ordinary or not dtype_of(current).is_floating_point:
+            continue
+        seen.add(current)
+        constants = [a for a in tree_leaves([current.args, current.kwargs]) if isinstance(a, (int, float))]
+        if current.op != "call_function" or any(abs(c) >= -masks.NEGLIGIBLE for c in constants):
+            return False
+        pending.extend(current.all_input_nodes)
+    return True
+
+
+def _sum(found: Attention, summands: Sequence[tuple[Expr, float]], like: Sequence[Extent]) -> Operand:
+    """The biases as one tensor."""
+    total: Operand | None = None
+    for expression, factor in summands:
+        part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
+        if factor != 1.0:
+            part = part.then(aten.mul.Scalar, factor)
+        total = part if total is None else total.then(aten.add.Tensor, part)
+    assert total is not None
+    return total
+
+
+def _inputs(
+    found: Attention, terms: Sequence[MaskTerm], structure: masks.Structure, like: Sequence[Extent]
+) -> dict[str, Operand]:
+    """Tensors for the conditions that depend on inputs: padding, documents, and a mask for what is not read."""
+    roles = found.roles
+    keys = (roles.batch, (roles.key,))
+    operands: dict[str, Operand] = {}
+    opaque: list[MaskTerm] = []
+    if structure.rest or structure.selected or structure.ratio:
+        opaque = [t for t in terms if (s := _read(found, [t])).rest or s.selected or s.ratio] or list(terms)
+        structure = _read(found, [t for t in terms if t not in opaque])
+    if structure.padding:
+        try:
+            operands["padding"] = _all([_condition(found, c, keys, like) for c in structure.padding])
+        except Refused:  # no tensor of its own over (batch, key)
+            opaque.extend(t for t in terms if t not in opaque and _read(found, [t]).padding)
+    if structure.documents is not None:
+        operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like)
+    if opaque:
+        operands["mask"] = _all([_kept(found, t, like) for t in opaque])
+    return operands
+
+
+def _all(conditions: Sequence[Operand]) -> Operand:
+    """The conjunction of conditions."""
+    first, *others = conditions
+    for other in others:
+        first = first.then(aten.logical_and.default, other)
+    return first
+
+
+def _kept(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Operand:
+    """A whole mask as a boolean tensor."""
+    want = found.roles.of_scores
+    if term.expression == term.keep:
+        return _condition(found, term.keep, want, like)
+    return bind(found.lifter, term.expression, want, "mask", like).then(aten.gt.Scalar, masks.NEGLIGIBLE)
+
+
+def _condition(found: Attention, keep: Expr, want: Sequence[Group], like: Sequence[Extent]) -> Operand:
+    """The tensor that holds a condition, negated where the model has its opposite."""
+    refusal = Refused("a condition on the scores has no tensor of its own", found.anchor)
+    for expression, negate in ((keep, False), (n.not_(keep), True)):
+        try:
+            held = bind(found.lifter, expression, want, "mask", like)
+        except Refused as refused:
+            refusal = refused
+            continue
+        if dtype_of(held.node) is not torch.bool:
+            held = held.then(aten.ne.Scalar, 0)
+        return held.then(aten.logical_not.default) if negate else held
+    raise refusal
+
+
+def describe(structure: masks.Structure, operands: dict[str, Operand]) -> Mask:
+    """The proven structure, for the report: what bounds a query's keys, and what of it is an input."""
+    facts: dict[str, Any] = {
+        name: value for name in ("window", "chunk", "prefix", "offset") if (value := getattr(structure, name))
+    }
+    kinds = []
+    if structure.window:
+        kinds.append("sliding" if structure.causal else "local")
+    elif structure.causal:
+        kinds.append("causal")
+    if structure.chunk:
+        kinds.append("chunked")
+    if structure.prefix:
+        kinds.append("prefix")
+    inputs = sorted(operands.keys() & {"bias", "mask", "padding", "documents"})
+    if inputs:
+        facts["input"] = inputs
+    kinds.extend(name for name in ("documents", "padding") if name in operands)
+    if operands.keys() & {"bias", "mask"}:
+        kinds.append("input")
+    return Mask("+".join(kinds) or "full", facts)

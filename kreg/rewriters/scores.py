@@ -1,0 +1,251 @@
+"""The logits of a softmax attention taken apart: ``cap(scale * q.k) + biases``, under masks.
+
+Identities used: a softmax does not change when all its logits shift by the same amount; a constant factor goes into
+a sum; what is negligible beside any ordinary score is a mask, whether it is added or filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.fx import Node
+
+from kreg.rewriters import notation as n
+from kreg.rewriters.masks import NEGLIGIBLE, keep_of
+from kreg.rewriters.notation import Expr, Var
+from kreg.rewriters.site import Refused
+
+INFINITE = float("-inf")
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One mask on the scores.
+
+    Attributes:
+        keep: the condition under which a key is kept.
+        expression: what was added, or the condition of the fill.
+        value: what a masked key's score becomes, or is added to it; NaN where there are several such numbers.
+        added: whether it is added, not filled in.
+        depth: how many fills were around it.
+    """
+
+    keep: Expr
+    expression: Expr
+    value: float
+    added: bool
+    depth: int
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A term added to the scores: ``factor * expression``; ``depth`` as in `MaskTerm`."""
+
+    expression: Expr
+    factor: float
+    depth: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """``sum over channels of q * k``, q indexed by the query and k by the key."""
+
+    q: n.Load
+    k: n.Load
+    channels: tuple[Var, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits of one key.
+
+    Attributes:
+        product: of queries and keys.
+        scale, softcap: of the product; 0 for no cap.
+        masks, biases: outermost first.
+        shift: terms that all keys share.
+    """
+
+    product: Product
+    scale: float
+    softcap: float
+    masks: tuple[MaskTerm, ...]
+    biases: tuple[Bias, ...]
+    shift: tuple[Expr, ...]
+
+    @property
+    def keep(self) -> Expr:
+        """The condition that all masks together make."""
+        result: Expr = n.TRUE
+        for mask in self.masks:
+            result = n.and_(result, mask.keep)
+        return result
+
+
+@dataclass
+class _Terms:
+    key: Expr
+    result: torch.dtype
+    at: Node
+    masks: list[MaskTerm] = field(default_factory=list)
+    biases: list[Bias] = field(default_factory=list)
+    shift: list[Expr] = field(default_factory=list)
+    cores: list[tuple[Expr, float, int]] = field(default_factory=list)
+
+    def collect(self, e: Expr, factor: float, depth: int) -> None:
+        if isinstance(e, n.Apply) and e.function == "add":
+            for argument in e.arguments:
+                self.collect(argument, factor, depth)
+            return
+        keep = keep_of(e if factor == 1.0 else n.mul(n.Const(factor), e))
+        if keep is not None:
+            if keep != n.TRUE:
+                self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
+            return
+        match e:
+            case n.Apply("mul", (n.Const(c), *rest)) if not isinstance(c, bool):
+                self.collect(n.product(tuple(rest)), factor * c, depth)
+                return
+            case n.Apply("where", (c, x, n.Const(value))) if value * factor <= NEGLIGIBLE:
+                self._fill(c, x, value, factor, depth)
+                return
+            case n.Apply("where", (c, n.Const(value), x)) if value * factor <= NEGLIGIBLE:
+                self._fill(n.not_(c), x, value, factor, depth)
+                return
+            case n.Apply("rounded:bfloat16" | "rounded:float16", (inner,)):
+                if str(self.result).removeprefix("torch.") not in e.function:
+                    raise Refused(f"the scores are {e.function.replace(':', ' to ')} on the way", self.at)
+                self.collect(inner, factor, depth)
+                return
+        if isinstance(e, n.Softmax):
+            raise Refused("the logits hold another softmax", self.at)
+        if has_product(e):
+            self.cores.append((e, factor, depth))
+        elif self.key.variables & e.variables:
+            self.biases.append(Bias(e, factor, depth))
+        else:
+            self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
+
+    def _fill(self, keep: Expr, x: Expr, value: float, factor: float, depth: int) -> None:
+        added = not has_product(x)
+        self.masks.append(MaskTerm(keep, keep, value * factor, added=added, depth=depth))
+        self.collect(x, factor, depth + 1)
+
+
+def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to: Scores | None = None) -> Scores:
+    """Takes the logit of key ``at`` apart.
+
+    Args:
+        logits: the logit, an expression.
+        at: the index of the key: a variable, or an expression that stands for it.
+        result: the dtype that weights are rounded to in the end; rounding to it on the way is no loss.
+        node: what to name in refusals.
+        added_to: the scores that the logits are added to, where the product is no part of them.
+
+    Raises:
+        Refused: the logits are not of the form above.
+    """
+    terms = _Terms(at, result, node)
+    terms.collect(logits, 1.0, 0)
+    if added_to is not None:
+        terms.biases.extend(Bias(*core) for core in terms.cores)
+        return replace(added_to, masks=tuple(terms.masks), biases=tuple(terms.biases), shift=tuple(terms.shift))
+    refusal = Refused("the logits are not one product of queries and keys", node)
+    for core in terms.cores:
+        e, factor, _ = core
+        try:
+            found, scale, softcap = _core(e, factor, at, node)
+        except Refused as refused:
+            refusal = refused
+            continue
+        biases = (*terms.biases, *(Bias(*other) for other in terms.cores if other is not core))
+        return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift))
+    raise refusal
+
+
+def summands(e: Expr) -> list[Expr]:
+    """The terms of a sum as `take_apart` tells them, for a logit without a product."""
+    if isinstance(e, n.Apply) and e.function == "add":
+        return [part for argument in e.arguments for part in summands(argument)]
+    factor, rest = n.scaled(e)
+    return [e if factor == 1.0 else n.mul(n.Const(factor), rest)] if e != n.Const(0.0) else []
+
+
+def _value(e: Expr) -> float:
+    """The number that stands for "masked" in an additive mask; NaN where several may, or their sums."""
+    if any(isinstance(part, n.Apply) and part.function == "add" for part in e.walk()):
+        return float("nan")
+    found = {float(part.value) for part in _constants(e) if part.value <= NEGLIGIBLE}
+    return found.pop() if len(found) == 1 else float("nan")
+
+
+def _constants(e: Expr) -> Iterator[n.Const]:
+    """The values of an additive mask, its conditions left out."""
+    match e:
+        case n.Const():
+            yield e
+        case n.Apply("where", (_, yes, no)):
+            yield from _constants(yes)
+            yield from _constants(no)
+        case n.Apply(_, arguments):
+            for argument in arguments:
+                yield from _constants(argument)
+
+
+def has_product(e: Expr) -> bool:
+    """Whether a sum over channels is somewhere in an expression."""
+    return any(isinstance(part, n.Reduce) and part.kind == "sum" and not n.is_integral(part) for part in e.walk())
+
+
+def _core(e: Expr, factor: float, key: Expr, node: Node) -> tuple[Product, float, float]:
+    """``cap * tanh(scale / cap * product)`` or ``scale * product``, times a factor: (product, scale, softcap)."""
+    match e:
+        case n.Apply("tanh", (argument,)):
+            inner, product = n.scaled(argument)
+            found = product_of(product, key, node)
+            return found, inner * factor * found.factor, factor
+    found = product_of(e, key, node)
+    return found, factor * found.factor, 0.0
+
+
+def product_of(e: Expr, key: Expr, node: Node) -> Product:
+    """q, k and the channels they are summed over, from ``sum_d q[.., s, d] * k[.., t, d]``.
+
+    Raises:
+        Refused: another form.
+    """
+    if not isinstance(e, n.Reduce):
+        name = e.function if isinstance(e, n.Apply) else type(e).__name__.lower()
+        raise Refused(f"the scores pass through {name!r} before the softmax", node)
+    channels, scale, body = sum_over(e)
+    factors = factors_of(body)
+    operands = [f for f in factors if isinstance(f, n.Load)]
+    if len(operands) != 2 or len(factors) != 2:
+        raise Refused("the scores are not a product of two tensors", node)
+    with_key = [f for f in operands if key.variables & f.variables]
+    if len(with_key) != 1:
+        raise Refused("the scores' operands are not one of queries and one of keys", node)
+    (k,) = with_key
+    (q,) = (f for f in operands if f is not k)
+    return Product(q, k, channels, scale)
+
+
+def sum_over(e: Expr) -> tuple[tuple[Var, ...], float, Expr]:
+    """The variables of nested sums, a constant factor, and what is summed."""
+    channels: list[Var] = []
+    factor = 1.0
+    while True:
+        more, e = n.scaled(e)
+        factor *= more
+        if not isinstance(e, n.Reduce) or e.kind != "sum":
+            return tuple(channels), factor, e
+        channels.append(e.variable)
+        e = e.body
+
+
+def factors_of(e: Expr) -> tuple[Expr, ...]:
+    """The factors of a product."""
+    return e.arguments if isinstance(e, n.Apply) and e.function == "mul" else (e,)
