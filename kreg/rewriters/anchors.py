@@ -6,8 +6,8 @@ import operator
 
 from torch.fx import Node
 
-from kreg.rewriters.graph import aten, shape_of, users
-from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, SOFTMAXES
+from kreg.rewriters.graph import aten, users
+from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, softmax_of
 
 SDPA = aten.scaled_dot_product_attention.default
 DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
@@ -16,7 +16,8 @@ LOGITS = frozenset(
         *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
         *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
         *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tanh.default),
-        *(aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten._to_copy.default, aten.to.dtype),
+        *(aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other),
+        *(aten._to_copy.default, aten.to.dtype),
     }
 )
 """What may stand between the product with the keys and the softmax, for the softmax to be an anchor."""
@@ -34,9 +35,8 @@ def is_attention(node: Node) -> bool:
     """The anchor of every attention rule."""
     if is_sdpa(node):
         return True
-    if node.target not in SOFTMAXES or not isinstance(node.args[0], Node):
-        return False
-    return _from_product(node.args[0], 10) and _to_product(node, 10)
+    found = softmax_of(node)
+    return found is not None and _from_product(found[0], 10) and _to_product(node, 10)
 
 
 def is_sdpa(node: Node) -> bool:
@@ -46,9 +46,25 @@ def is_sdpa(node: Node) -> bool:
 
 def logits_of(softmax: Node) -> tuple[Node, int]:
     """What a softmax is of, and along which dimension."""
-    source, dim = softmax.args[:2]
-    assert isinstance(source, Node) and isinstance(dim, int)
-    return source, dim % len(shape_of(source))
+    found = softmax_of(softmax)
+    assert found is not None
+    return found
+
+
+def is_stable(softmax: Node) -> bool:
+    """Whether logits of any size give a softmax: written out, only after the largest one is subtracted."""
+    if softmax.target is not aten.div.Tensor:
+        return True
+    source, dim = logits_of(softmax)
+    if source.target is not aten.sub.Tensor or not isinstance(source.args[1], Node):
+        return False
+    top = source.args[1]
+    while top.target in (aten.detach.default, operator.getitem):
+        top = top.all_input_nodes[0]
+    dims = top.args[1] if len(top.args) > 1 else None
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    largest = top.target in (aten.amax.default, aten.max.dim) and top.args[0] is source.args[0]
+    return largest and [d % len(source.meta["val"].shape) for d in dims if isinstance(d, int)] == [dim]
 
 
 def _from_product(node: Node, depth: int) -> bool:

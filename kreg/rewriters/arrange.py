@@ -41,9 +41,9 @@ def arrange(
     have: list[Group] = []
     for d, (extent, i) in enumerate(zip(shape_of(node), index, strict=True)):
         group = n.digits(i, extent)
-        if group is None and (part := _part(i, extent)) is not None:
-            first, variable = part
-            calls.append((aten.slice.Tensor, (d, first, first + variable.size)))
+        if group is None and (part := _part(i, extent, like)) is not None:
+            first, last, variable = part
+            calls.append((aten.slice.Tensor, (d, first, last)))
             group = (variable,)
         if group is None or any(v in g for v in group for g in have):
             raise Refused(f"dimension {d} of the {what} does not line up with the other operands", node)
@@ -55,7 +55,9 @@ def arrange(
     return Operand(node, (*calls, *_moves(have, want, full, like)))
 
 
-def bind(lifter: Lifter, expression: Expr, want: Sequence[Group], what: str, like: Sequence[Extent] = ()) -> Operand:
+def bind(
+    lifter: Lifter, expression: Expr, want: Sequence[Group], what: str, like: Sequence[Extent] = (), full: bool = False
+) -> Operand:
     """The tensor that holds an expression: of the nodes whose element it is, the innermost that lines up.
 
     Raises:
@@ -64,7 +66,7 @@ def bind(lifter: Lifter, expression: Expr, want: Sequence[Group], what: str, lik
     refusal = Refused(f"the {what} has no tensor of its own")
     for node, index in lifter.origins.get(expression, ()):
         try:
-            return arrange(node, index, want, what, like=like)
+            return arrange(node, index, want, what, full=full, like=like)
         except Refused as refused:
             refusal = refused
     raise refusal
@@ -78,8 +80,8 @@ def arranged_back(node: Node, index: Index, have: Sequence[Group]) -> Calls:
     return tuple(_moves(have, [group or () for group in want], False, ()))
 
 
-def _part(i: Expr, extent: Sized) -> tuple[int, Var] | None:
-    """An index that reads a stretch of a dimension: its first place, and the variable."""
+def _part(i: Expr, extent: Sized, like: Sequence[Extent]) -> tuple[int, int | Extent, Var] | None:
+    """An index that reads a stretch of a dimension: its first place, the one behind its last, and the variable."""
     match i:
         case Var() as variable:
             first = 0
@@ -87,13 +89,17 @@ def _part(i: Expr, extent: Sized) -> tuple[int, Var] | None:
             pass
         case _:
             return None
-    inside = isinstance(extent, int) and isinstance(variable.size, int) and 0 <= first <= extent - variable.size
-    return (first, variable) if inside else None
+    if isinstance(extent, int) and isinstance(variable.size, int):
+        inside = 0 <= first <= extent - variable.size
+        return (first, first + variable.size, variable) if inside else None
+    return (0, extent_of(variable, like), variable) if first == 0 else None
 
 
 def _moves(have: Sequence[Group], want: Sequence[Group], full: bool, like: Sequence[Extent]) -> list[Call]:
     """Views from one grouping of variables to another."""
     calls: list[Call] = []
+    if not full and tuple(have) == tuple(want):
+        return calls
     current = list(have)
     for d in reversed(range(len(current))):
         if not current[d]:

@@ -53,8 +53,9 @@ class Lifter:
 
         factor = 1.0
         index = _normal(node, index)
+        self.cuts.update(cut for i in index for cut in n.cuts(i))
         best = (node, index, factor)
-        while node not in self.opaque and node.op == "call_function":
+        while node not in self.opaque and node.op == "call_function" and not stops_gradient(node):
             if leads_to_structure(node):
                 return n.mul(n.Const(factor), self.element(node, index))
             if node.target in LAYOUT and (step := LAYOUT[node.target](node, index)) is not None:
@@ -84,7 +85,7 @@ class Lifter:
 
         if NUMBER in node.meta:
             return n.Const(node.meta[NUMBER])
-        if node in self.opaque or node.op != "call_function":
+        if node in self.opaque or node.op != "call_function" or stops_gradient(node):
             return load(node, index)
         if node.target in LAYOUT:
             step = LAYOUT[node.target](node, index)
@@ -94,6 +95,13 @@ class Lifter:
         if found is None or _too_large(found):
             return load(node, index)
         return found
+
+
+def stops_gradient(node: Node) -> bool:
+    """Whether gradients flow to what a tensor of floats is computed from, but not through it: a detach, or no_grad."""
+    if node.meta.get("trains", False) or not is_tensor(node) or not dtype_of(node).is_floating_point:
+        return False
+    return any(source.meta.get("trains", False) for source in node.all_input_nodes)
 
 
 def load(node: Node, index: Index) -> Expr:

@@ -335,6 +335,25 @@ def _divide(a: Expr, b: Expr) -> Expr:
     return n.apply("div", a, b)
 
 
+def _floor(a: Expr, b: Expr) -> Expr:
+    """The larger of two; a constant comes first."""
+    if n.is_integral(a) and n.is_integral(b):
+        return n.larger(a, b)
+    if isinstance(a, n.Const) and isinstance(b, n.Const):
+        return n.Const(max(a.value, b.value))
+    return n.apply("max", b, a) if isinstance(b, n.Const) else n.apply("max", a, b)
+
+
+def _clamp(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    found = lifter.value(_args(node)[0], index)
+    if isinstance(high, int) and n.is_integral(found):
+        found, high = n.neg(n.larger(n.Const(-high), n.neg(found))), None
+    if high is not None or not isinstance(low, (int, float)):
+        return None
+    return _floor(found, n.Const(low))
+
+
 def _numeric(e: Expr) -> Expr:
     return n.indicator(e) if n.is_boolean(e) else e
 
@@ -653,8 +672,49 @@ def _sum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     return n.total(v, lifter.element(source, (*rest[:dim], v, *rest[dim:])))
 
 
+def softmax_of(node: Node) -> tuple[Node, int] | None:
+    """What a node is the softmax of, and along which dimension; also where it is written out, or by its logarithm."""
+    found = _softmax_call(node)
+    return None if found is None else (found[0], _dim(found[1], len(shape_of(node))))
+
+
+def _softmax_call(node: Node) -> tuple[Node, int] | None:
+    args = _args(node)
+    if node.target in (aten.softmax.int, aten._softmax.default):
+        return args[0], args[1]
+    if node.target is aten.exp.default and args[0].target in (aten.log_softmax.int, aten._log_softmax.default):
+        return _args(args[0])[0], _args(args[0])[1]
+    if node.target is aten.div.Tensor and isinstance(args[0], Node) and args[0].target is aten.exp.default:
+        total = args[1]
+        if isinstance(total, Node) and total.target is aten.sum.dim_IntList and _args(total)[0] is args[0]:
+            dims = argument(total, 1, "dim")
+            if dims and len(dims) == 1 and argument(total, 2, "keepdim", False):
+                return _args(args[0])[0], dims[0]
+    return None
+
+
+def _amax(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    source, dims = _source(node), argument(node, 1, "dim", ())
+    if len(dims) != 1:
+        return None
+    dim = _dim(dims[0], len(shape_of(source)))
+    v = n.fresh("r", shape_of(source)[dim])
+    rest = index[:dim] + index[dim + 1 :] if argument(node, 2, "keepdim", False) else index
+    return n.largest(v, lifter.element(source, (*rest[:dim], v, *rest[dim:])))
+
+
 def _softmax(lifter: Lifter, node: Node, index: Index) -> Expr:
     return n.Softmax(node, _dim(_args(node)[1], len(index)), index)
+
+
+def _or_softmax(otherwise: Pointwise) -> Pointwise:
+    """A softmax where an operator ends one that is written out, else what the operator means by itself."""
+
+    def rule(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+        found = softmax_of(node)
+        return otherwise(lifter, node, index) if found is None else n.Softmax(node, found[1], index)
+
+    return rule
 
 
 def _pow(lifter: Lifter, node: Node, index: Index) -> Expr:
@@ -690,7 +750,7 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_rsub, (aten.rsub.Scalar, aten.rsub.Tensor)),
     (_neg, (aten.neg.default,)),
     (_binary(n.mul), (aten.mul.Tensor, aten.mul.Scalar)),
-    (_binary(_divide), (aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)),
+    (_or_softmax(_binary(_divide)), (aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)),
     (_binary(n.floordiv), (aten.floor_divide.default, aten.floor_divide.Scalar)),
     (_binary(n.mod), (aten.remainder.Scalar, aten.remainder.Tensor)),
     (_lt, (aten.lt.Tensor, aten.lt.Scalar)),
@@ -720,13 +780,16 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_baddbmm, (aten.baddbmm.default,)),
     (_einsum, (aten.einsum.default,)),
     (_sum, (aten.sum.dim_IntList,)),
+    (_amax, (aten.amax.default,)),
     (_softmax, (aten.softmax.int, aten._softmax.default)),
     (_pow, (aten.pow.Tensor_Scalar,)),
     (_piece, (operator.getitem,)),
     (_off_dropout, (aten.dropout.default, aten.feature_dropout.default)),
+    (_binary(_floor), (aten.maximum.default, aten.max.other, aten.clamp_min.default)),
+    (_clamp, (aten.clamp.default,)),
     (_unary("relu"), (aten.relu.default,)),
     (_unary("tanh"), (aten.tanh.default,)),
-    (_unary("exp"), (aten.exp.default,)),
+    (_or_softmax(_unary("exp")), (aten.exp.default,)),
     (_unary("log"), (aten.log.default,)),
     (_unary("abs"), (aten.abs.default,)),
     (_unary("sigmoid"), (aten.sigmoid.default,)),
@@ -735,7 +798,6 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
 POINTWISE: dict[Any, Pointwise] = {target: rule for rule, targets in _TABLES for target in targets}
 
 CONTRACTIONS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default})
-SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 
 
 def _by_constant(node: Node, invert: bool = False) -> tuple[Node, float] | None:
@@ -769,7 +831,7 @@ def leads_to_structure(node: Node, depth: int = 8) -> bool:
     """Whether a softmax or a rectified product is a few pointwise steps away: operands worth looking into."""
     if node.op != "call_function" or depth == 0:
         return False
-    if node.target in SOFTMAXES or node.target is aten.relu.default:
+    if node.target is aten.relu.default or softmax_of(node) is not None:
         return True
     if node.target in CONTRACTIONS or (node.target not in POINTWISE and node.target not in LAYOUT):
         return False

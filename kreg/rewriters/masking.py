@@ -8,7 +8,7 @@ additive masks are passed on as they are, and added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,17 +84,23 @@ def _empty(
     found: Attention, terms: Sequence[MaskTerm], biases: Sequence[Bias], structure: masks.Structure
 ) -> str | None:
     """The op's ``empty`` under which a query without keys gives what the model gives; None if there is none."""
-    roles = found.roles
+    roles, moderate = found.roles, all(_is_moderate(b) for b in biases)
+    if found.scores.floored and found.sinks is None and not masks.leaves_keys(structure, roles.queries, roles.key.size):
+        return None
     if found.sinks is not None or masks.leaves_keys(structure, roles.queries, roles.key.size):
         soft = [t for t in terms if t.value != INFINITE]
         # beside a bias that may itself mask, a finite mask does not say which keys are left
-        return "zero" if not soft or all(_is_moderate(b) for b in biases) or found.sinks is not None else None
+        if soft and not moderate and found.sinks is None:
+            return None
+        return "zero" if moderate or found.sinks is not None or found.zeroed in ("infinite", "always") else "nan"
     if found.zeroed == "always":
         return "zero"
+    if found.zeroed == "undefined":
+        return "nan"
     values = {t.value for t in terms}
     if values == {INFINITE}:
         return "zero" if found.zeroed == "infinite" else "nan"
-    if len(values) != 1 or any(v != v for v in values):
+    if len(values) != 1 or any(v != v for v in values) or not moderate:
         return None
     (value,) = values
     fills = [t for t in terms if not t.added]
@@ -151,11 +157,11 @@ def _inputs(
         structure = _read(found, [t for t in terms if t not in opaque])
     if structure.padding:
         try:
-            operands["padding"] = _all([_condition(found, c, keys, like) for c in structure.padding])
+            operands["padding"] = _all([_condition(found, c, keys, like, full=True) for c in structure.padding])
         except Refused:  # no tensor of its own over (batch, key)
             opaque.extend(t for t in terms if t not in opaque and _read(found, [t]).padding)
     if structure.documents is not None:
-        operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like)
+        operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like, full=True)
     if opaque:
         operands["mask"] = _all([_kept(found, t, like) for t in opaque])
     return operands
@@ -174,15 +180,18 @@ def _kept(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Operand:
     want = found.roles.of_scores
     if term.expression == term.keep:
         return _condition(found, term.keep, want, like)
-    return bind(found.lifter, term.expression, want, "mask", like).then(aten.gt.Scalar, masks.NEGLIGIBLE)
+    held = replace(bind(found.lifter, term.expression, want, "mask", like), levels=term.levels)
+    return held.then(aten.gt.Scalar, masks.NEGLIGIBLE)
 
 
-def _condition(found: Attention, keep: Expr, want: Sequence[Group], like: Sequence[Extent]) -> Operand:
+def _condition(
+    found: Attention, keep: Expr, want: Sequence[Group], like: Sequence[Extent], full: bool = False
+) -> Operand:
     """The tensor that holds a condition, negated where the model has its opposite."""
     refusal = Refused("a condition on the scores has no tensor of its own", found.anchor)
     for expression, negate in ((keep, False), (n.not_(keep), True)):
         try:
-            held = bind(found.lifter, expression, want, "mask", like)
+            held = bind(found.lifter, expression, want, "mask", like, full=full)
         except Refused as refused:
             refusal = refused
             continue

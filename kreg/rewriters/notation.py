@@ -138,7 +138,7 @@ class Apply(Expr):
 
 @dataclass(frozen=True)
 class Reduce(Expr):
-    """``sum`` or ``any`` of ``body`` over all values of ``variable``."""
+    """``sum``, ``any`` or ``max`` of ``body`` over all values of ``variable``."""
 
     kind: str
     variable: Var
@@ -363,6 +363,11 @@ def scaled(e: Expr) -> tuple[float, Expr]:
         case Apply("mul", (Const(value), *rest)):
             return float(value), product(tuple(rest))
     return 1.0, e
+
+
+def larger(a: Expr, b: Expr) -> Expr:
+    """The larger of two integers."""
+    return where(le0(sub(a, b)), b, a)
 
 
 def neg(a: Expr) -> Expr:
@@ -756,6 +761,13 @@ def exists(variable: Var, body: Expr) -> Expr:
     return Reduce("any", variable, body)
 
 
+def largest(variable: Var, body: Expr) -> Expr:
+    """The largest value of ``body`` over ``variable``."""
+    return Reduce("max", variable, body)
+
+
+_REDUCE: dict[str, Callable[[Var, Expr], Expr]] = {"sum": total, "any": exists, "max": largest}
+
 _REBUILD: dict[str, Callable[..., Expr]] = {
     "floordiv": floordiv,
     "mod": mod,
@@ -786,7 +798,7 @@ def substitute(e: Expr, values: dict[Var, Expr]) -> Expr:
         case Softmax(node, dim, index):
             return Softmax(node, dim, tuple(substitute(i, values) for i in index))
         case Reduce(kind, variable, body):
-            return (total if kind == "sum" else exists)(variable, substitute(body, values))
+            return _REDUCE[kind](variable, substitute(body, values))
         case Apply(function, arguments):
             new = tuple(substitute(a, values) for a in arguments)
             if function in ("and", "or"):

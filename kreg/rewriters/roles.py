@@ -104,7 +104,7 @@ def assign(index: Index, weights: Index, key: Var, scores: Scores, v: n.Load, si
     shared = [x for x in outer if x not in per_query]
     query = _query(per_query, key, scores)
     repeats = tuple(x for x in per_query if x not in query)
-    heads = _heads(shared, repeats, sink)
+    heads = _heads(shared, per_query, key, scores, sink)
     batch = tuple(x for x in shared if x not in heads)
     return Roles(batch, heads, repeats, query, key, scores.product.channels, channel)
 
@@ -129,8 +129,12 @@ def _query(per_query: Sequence[Var], key: Var, scores: Scores) -> Group:
     return tuple(per_query[-1:])
 
 
-def _heads(shared: Sequence[Var], repeats: Group, sink: Expr | None) -> Group:
-    """The key heads: what the sinks are indexed by, else the last shared variable if another is left for the batch."""
-    if sink is not None and sink.variables:
+def _heads(shared: Sequence[Var], per_query: Sequence[Var], key: Var, scores: Scores, sink: Expr | None) -> Group:
+    """The key heads: what the sinks are indexed by, else the last shared variable that no padding mask is over."""
+    if sink is not None and sink.variables & set(shared):
         return tuple(x for x in shared if x in sink.variables)
-    return tuple(shared[-1:]) if len(shared) > 1 else ()
+    conditions = [c for mask in scores.masks for c in n.conjuncts(mask.keep) if key in c.variables]
+    padded = {x for c in conditions if not c.variables & set(per_query) for x in c.variables}
+    free = [x for x in shared if x not in padded]
+    alone = len(shared) == 1 and len(per_query) > 1  # one shared head of many batches, not many heads of one batch
+    return () if alone else tuple(free[-1:])

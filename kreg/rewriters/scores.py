@@ -38,6 +38,11 @@ class MaskTerm:
     added: bool
     depth: int
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The values that an additive mask holds."""
+        return tuple(sorted({float(part.value) for part in _constants(self.expression)})) if self.added else ()
+
 
 @dataclass(frozen=True)
 class Bias:
@@ -67,6 +72,7 @@ class Scores:
         scale, softcap: of the product; 0 for no cap.
         masks, biases: outermost first.
         shift: terms that all keys share.
+        floored: whether scores below some negligible number are raised to it.
     """
 
     product: Product
@@ -75,6 +81,7 @@ class Scores:
     masks: tuple[MaskTerm, ...]
     biases: tuple[Bias, ...]
     shift: tuple[Expr, ...]
+    floored: bool = False
 
     @property
     def keep(self) -> Expr:
@@ -94,9 +101,10 @@ class _Terms:
     biases: list[Bias] = field(default_factory=list)
     shift: list[Expr] = field(default_factory=list)
     cores: list[tuple[Expr, float, int]] = field(default_factory=list)
+    floored: bool = False
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
-        if isinstance(e, n.Apply) and e.function == "add":
+        if isinstance(e, n.Apply) and e.function == "add" and self._is_worth_splitting(e):
             for argument in e.arguments:
                 self.collect(argument, factor, depth)
             return
@@ -106,13 +114,17 @@ class _Terms:
                 self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
             return
         match e:
-            case n.Apply("mul", (n.Const(c), *rest)) if not isinstance(c, bool):
+            case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
                 return
-            case n.Apply("where", (c, x, n.Const(value))) if value * factor <= NEGLIGIBLE:
+            case n.Apply("max", (n.Const(value), x)) if value * factor <= NEGLIGIBLE:
+                self.floored = True
+                self.collect(x, factor, depth)
+                return
+            case n.Apply("where", (c, x, n.Const(value))) if self._is_fill(c, x, value * factor):
                 self._fill(c, x, value, factor, depth)
                 return
-            case n.Apply("where", (c, n.Const(value), x)) if value * factor <= NEGLIGIBLE:
+            case n.Apply("where", (c, n.Const(value), x)) if self._is_fill(c, x, value * factor):
                 self._fill(n.not_(c), x, value, factor, depth)
                 return
             case n.Apply("rounded:bfloat16" | "rounded:float16", (inner,)):
@@ -128,6 +140,14 @@ class _Terms:
             self.biases.append(Bias(e, factor, depth))
         else:
             self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
+
+    def _is_worth_splitting(self, e: n.Apply) -> bool:
+        """A sum in which the product is, or a mask: other sums are one bias, added up as the model does."""
+        return has_product(e) or any(keep_of(argument) is not None for argument in e.arguments)
+
+    def _is_fill(self, c: Expr, x: Expr, value: float) -> bool:
+        """A mask around the scores, or around a bias by nothing but places; a bias that data masks stays one tensor."""
+        return value <= NEGLIGIBLE and (has_product(x) or not any(isinstance(part, n.Load) for part in c.walk()))
 
     def _fill(self, keep: Expr, x: Expr, value: float, factor: float, depth: int) -> None:
         added = not has_product(x)
@@ -152,7 +172,13 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
     terms.collect(logits, 1.0, 0)
     if added_to is not None:
         terms.biases.extend(Bias(*core) for core in terms.cores)
-        return replace(added_to, masks=tuple(terms.masks), biases=tuple(terms.biases), shift=tuple(terms.shift))
+        return replace(
+            added_to,
+            masks=tuple(terms.masks),
+            biases=tuple(terms.biases),
+            shift=tuple(terms.shift),
+            floored=terms.floored,
+        )
     refusal = Refused("the logits are not one product of queries and keys", node)
     for core in terms.cores:
         e, factor, _ = core
@@ -162,7 +188,7 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
             refusal = refused
             continue
         biases = (*terms.biases, *(Bias(*other) for other in terms.cores if other is not core))
-        return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift))
+        return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift), terms.floored)
     raise refusal
 
 
@@ -170,8 +196,7 @@ def summands(e: Expr) -> list[Expr]:
     """The terms of a sum as `take_apart` tells them, for a logit without a product."""
     if isinstance(e, n.Apply) and e.function == "add":
         return [part for argument in e.arguments for part in summands(argument)]
-    factor, rest = n.scaled(e)
-    return [e if factor == 1.0 else n.mul(n.Const(factor), rest)] if e != n.Const(0.0) else []
+    return [] if e == n.Const(0.0) else [e]
 
 
 def _value(e: Expr) -> float:

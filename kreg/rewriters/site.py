@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,10 +39,14 @@ class Extent:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor argument: a node of the captured graph, and how to bring it into the op's layout."""
+    """A tensor argument: a node of the captured graph, and how to bring it into the op's layout.
+
+    ``levels`` are the only values that the node's tensor holds, where they are known.
+    """
 
     node: Node
     calls: Calls = ()
+    levels: tuple[float, ...] = ()
 
     def cast(self, dtype: torch.dtype) -> Operand:
         """The same operand in another dtype."""
@@ -50,17 +54,22 @@ class Operand:
 
     def then(self, target: Any, *args: Any) -> Operand:
         """The same operand with one more call."""
-        return Operand(self.node, (*self.calls, (target, args)))
+        return replace(self, calls=(*self.calls, (target, args)))
+
+    @property
+    def parts(self) -> Iterator[Operand]:
+        """This operand, and those that its calls take."""
+        yield self
+        for part in tree_leaves([args for _, args in self.calls]):
+            if isinstance(part, Operand):
+                yield from part.parts
+            elif isinstance(part, Extent):
+                yield Operand(part.node)
 
     @property
     def nodes(self) -> Iterator[Node]:
-        """Every node of the captured graph that is read, further operands of the calls included."""
-        yield self.node
-        for part in tree_leaves([args for _, args in self.calls]):
-            if isinstance(part, Operand):
-                yield from part.nodes
-            elif isinstance(part, Extent):
-                yield part.node
+        """Every node of the captured graph that is read."""
+        yield from (part.node for part in self.parts)
 
 
 @dataclass(frozen=True)

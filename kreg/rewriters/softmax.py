@@ -13,7 +13,7 @@ from typing import Literal
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.anchors import DROPOUTS, is_sdpa, logits_of
+from kreg.rewriters.anchors import DROPOUTS, is_sdpa, is_stable, logits_of
 from kreg.rewriters.arrange import Group
 from kreg.rewriters.graph import aten, dtype_of, shape_of, users
 from kreg.rewriters.lift import Index, Lifter
@@ -24,7 +24,7 @@ from kreg.rewriters.scores import Scores, factors_of, sum_over, summands, take_a
 from kreg.rewriters.sdpa import read_sdpa
 from kreg.rewriters.site import Refused
 
-Zeroed = Literal["never", "infinite", "always"]
+Zeroed = Literal["never", "infinite", "always", "undefined"]
 MOST_CUTS = 6
 """How often index variables are cut into digits before a reading gives up."""
 
@@ -42,7 +42,8 @@ class Attention:
         scores_at: the logits of another key than ``roles.key``.
         sinks: the logit without a value, or None.
         factor: a constant on the result.
-        zeroed: whether the graph gives 0 for a query without keys: "always", where masks are -inf, or "never".
+        zeroed: what the graph gives for a query without keys: 0 "always", 0 where masks are "infinite", no number
+            ("undefined"), or what the masks make of it ("never").
         roles: the part that each index variable plays.
     """
 
@@ -161,7 +162,7 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
         raise Refused("weights are masked after the softmax by another condition than before it", output)
     sinks = _sink(lifter, softmax, weights, key, scores)
     roles = assign(index, weights.index, key, scores, v, sinks, output)
-    zeroed: Zeroed = "never" if condition is None else "always"
+    zeroed: Zeroed = "always" if condition is not None else "never" if is_stable(softmax) else "undefined"
     return Attention(lifter, softmax, output, index, v, scores, scores_at, sinks, factor, zeroed, roles)
 
 

@@ -124,10 +124,11 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             if fill is not None:
                 values[node] = fill(shape, dtype, generator, drawn)
             else:
-                values[node] = _noise(shape, dtype, generator)
-        for further in operand.nodes:
-            if further not in values:
-                values[further] = _noise(sizes.shape(further), further.meta["val"].dtype, generator)
+                values[node] = _noise(shape, dtype, generator, operand.levels)
+        for part in operand.parts:
+            if part.node not in values:
+                shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
+                values[part.node] = _noise(shape, dtype, generator, part.levels)
         drawn[name] = _apply(values, operand)
     for node in inner:
         if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
@@ -135,7 +136,12 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
     return values
 
 
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _noise(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, levels: tuple[float, ...] = ()
+) -> torch.Tensor:
+    if levels:
+        choice = torch.randint(len(levels), shape, generator=generator)
+        return torch.tensor(levels, dtype=torch.float64)[choice].to(dtype)
     if dtype is torch.bool or dtype.is_floating_point:
         return normal(shape, dtype, generator)
     return (torch.rand(shape, generator=generator) < 0.8).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -11,12 +11,13 @@ from kreg.registry.ops import LIGHTNING_INDEXER
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.arrange import arrange
-from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked, users
-from kreg.rewriters.lift import variables
-from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
+from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked
+from kreg.rewriters.lift import Lifter, variables
 from kreg.rewriters.notation import Expr
+from kreg.rewriters.rules.padding import padding
+from kreg.rewriters.rules.picks import is_light, leads_only_to, marked, shows_sets_only
 from kreg.rewriters.rules.rule import Context, Rule
-from kreg.rewriters.site import Mask, Output, Refused, Site
+from kreg.rewriters.site import Extent, Mask, Output, Refused, Site
 
 OP: Op = LIGHTNING_INDEXER
 
@@ -35,11 +36,7 @@ def _reaches_relu(node: Node, depth: int) -> bool:
         return True
     if depth == 0 or node.op != "call_function":
         return False
-    return any(_reaches_relu(i, depth - 1) for i in node.all_input_nodes if is_tensor(i) and _is_light(node))
-
-
-def _is_light(node: Node) -> bool:
-    return node.target in POINTWISE or node.target in LAYOUT
+    return any(_reaches_relu(i, depth - 1) for i in node.all_input_nodes if is_tensor(i) and is_light(node))
 
 
 def find(context: Context, anchor: Node) -> Site:
@@ -53,31 +50,39 @@ def find(context: Context, anchor: Node) -> Site:
         raise Refused("there is a single entry: nothing to select", anchor)
     keep, scores = _unmasked(context.lifter.element(source, index), anchor)
     structure = masks.read(keep, query, entry, (batch,))
-    if structure.rest or structure.padding or structure.selected or structure.window or structure.causal:
-        raise Refused("the scores' mask is not causal by block", anchor)
+    if not replace(structure, ratio=0, padding=()).is_band or structure.window or structure.chunk or structure.prefix:
+        raise Refused("the scores' mask is more than causal, by entry or by block, and padding", anchor)
     q, k, weights, scale, channel, head = _scores(scores, query, entry, anchor)
     if unpacked(anchor, 0) is not None:
         raise Refused("the selected scores are used, not only their places", anchor)
     picked = unpacked(anchor, 1)
     if picked is None:
         raise Refused("the selected places are not used", anchor)
-    output = _sentinel(context, picked, keep, index, structure) if structure.ratio else picked
-    _order_is_free(output)
     operands = {
         "q": arrange(q.node, q.index, ((batch,), (query,), (head,), (channel,)), "indexer's queries"),
         "k": arrange(k.node, k.index, ((batch,), (entry,), (channel,)), "indexer's keys"),
         "weights": arrange(weights.node, weights.index, ((batch,), (query,), (head,)), "indexer's weights"),
     }
+    like = [Extent(operand.node, d) for operand in operands.values() for d in range(len(shape_of(operand.node)))]
+    if structure.padding:
+        keys = ((batch,), (entry,))
+        operands["padding"] = padding(context.lifter, structure.padding, keys, "indexer's padding", like)
+    output, sentinel = _selection(context.lifter, picked, keep, index)
+    ratio = 1 if structure.causal else structure.ratio
     attributes = {
         "scale": scale,
         "topk": topk,
-        "ratio": structure.ratio,
+        "ratio": ratio,
         "offset": structure.offset,
         "scored": False,
+        "sentinel": sentinel,
     }
-    kind = "block-causal" if structure.ratio else "full"
-    facts = {"ratio": structure.ratio} if structure.ratio else {}
-    return Site(OP, anchor, operands, attributes, (Output(output, 0),), Mask(kind, facts))
+    kinds = ["causal"] if structure.causal else ["block-causal"] if structure.ratio else []
+    facts: dict[str, object] = {"ratio": structure.ratio} if structure.ratio else {}
+    if structure.padding:
+        kinds.append("padding")
+        facts["padding"] = "input"
+    return Site(OP, anchor, operands, attributes, (Output(output, 0),), Mask("+".join(kinds) or "full", facts))
 
 
 def _unmasked(e: Expr, anchor: Node) -> tuple[Expr, Expr]:
@@ -85,9 +90,9 @@ def _unmasked(e: Expr, anchor: Node) -> tuple[Expr, Expr]:
     keep: Expr = n.TRUE
     while True:
         match e:
-            case n.Apply("where", (c, x, n.Const(value))) if value == -math.inf:
+            case n.Apply("where", (c, x, n.Const(value))) if value <= masks.NEGLIGIBLE:
                 keep, e = n.and_(keep, c), x
-            case n.Apply("where", (c, n.Const(value), x)) if value == -math.inf:
+            case n.Apply("where", (c, n.Const(value), x)) if value <= masks.NEGLIGIBLE:
                 keep, e = n.and_(keep, n.not_(c)), x
             case n.Apply("add", arguments):
                 rest = [a for a in arguments if masks.keep_of(a) is None]
@@ -98,6 +103,26 @@ def _unmasked(e: Expr, anchor: Node) -> tuple[Expr, Expr]:
                 e = rest[0]
             case _:
                 return keep, e
+
+
+def _selection(lifter: Lifter, picked: Node, keep: Expr, index: tuple[n.Var, ...]) -> tuple[Node, bool]:
+    """The node that names the selected entries, and whether those that are not ready are -1 there."""
+    batch, query, entry = index
+    if keep == n.TRUE:
+        shows_sets_only(lifter, picked, None)
+        return picked, True
+    at = (batch, query, n.Var("m", shape_of(picked)[-1]))
+    late = n.not_(n.substitute(keep, {entry: lifter.element(picked, at)}))
+    output = marked(lifter, picked, at, lambda condition: condition == late)
+    if output is not None and leads_only_to(picked, output):
+        shows_sets_only(lifter, output, None)
+        return output, True
+
+    def ready(element: n.Load, place: Expr) -> Expr:
+        return n.substitute(keep, {batch: element.index[0], query: element.index[1], entry: place})  # type: ignore[dict-item]
+
+    shows_sets_only(lifter, picked, ready)
+    return picked, False
 
 
 def _scores(e: Expr, query: n.Var, entry: n.Var, anchor: Node) -> tuple[n.Load, n.Load, n.Load, float, n.Var, n.Var]:
@@ -122,54 +147,6 @@ def _scores(e: Expr, query: n.Var, entry: n.Var, anchor: Node) -> tuple[n.Load, 
     if len(operands) != 2 or len(q) != 1 or len(k) != 1 or e.variable in k[0].variables:
         raise Refused("the rectified products are not of queries by head and shared keys", anchor)
     return q[0], k[0], weights[0], scale * more * inner, product.variable, e.variable
-
-
-def _sentinel(context: Context, picked: Node, keep: Expr, index: tuple[n.Var, ...], structure: masks.Structure) -> Node:
-    """The node where picks that are not ready have become -1, by the condition that masked the scores."""
-    batch, query, entry = index
-    for candidate in _near(picked, 4):
-        if candidate.target not in (aten.where.self, aten.where.ScalarSelf, aten.masked_fill.Scalar):
-            continue
-        at = (batch, query, n.Var("m", shape_of(candidate)[-1]))
-        place = context.lifter.element(picked, at)
-        match context.lifter.element(candidate, at):
-            case n.Apply("where", (c, n.Const(-1), kept)) if kept == place:
-                ready = n.not_(c)
-            case n.Apply("where", (c, kept, n.Const(-1))) if kept == place:
-                ready = c
-            case _:
-                continue
-        if ready != n.substitute(keep, {entry: place}):
-            raise Refused("picks become -1 by another condition than the scores were masked by", candidate)
-        if any(user not in _near(picked, 4) for user in users(picked)):
-            raise Refused("picks that are not ready are used", picked)
-        return candidate
-    raise Refused("picks that are not ready are not marked by -1", picked)
-
-
-def _near(node: Node, depth: int) -> list[Node]:
-    found: list[Node] = []
-    for user in users(node) if depth else ():
-        found.append(user)
-        if _is_light(user):
-            found.extend(_near(user, depth - 1))
-    return found
-
-
-def _order_is_free(node: Node) -> None:
-    """The places may only name elements to scatter to: then neither their order nor ties matter."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        for user in users(current):
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.target in (aten.scatter.value, aten.scatter.src) and user.args[2] is current:
-                continue
-            if user.op == "output" or not _is_light(user):
-                raise Refused(f"the order of the selected places matters to {user.name}", user)
-            pending.append(user)
 
 
 RULE = Rule(op=OP, is_anchor=is_anchor, find=find)

@@ -44,7 +44,7 @@ def find(context: Context, anchor: Node) -> Site:
         if not isinstance(element, n.Load):
             element = n.Load(node, index, False)
         want = (roles.batch, (variable,), roles.inner)
-        return arrange(element.node, element.index, want, what, full=True).cast(result)
+        return arrange(element.node, element.index, want, what, full=True, like=extents(found)).cast(result)
 
     query = roles.query_index
     local_scores = found.scores_at(parts[0][2])
@@ -151,11 +151,11 @@ def _padding(found: Attention, conditions: tuple[Expr, ...], key: n.Var, scores:
         raise Refused("a padded query without a sink has uniform weights in the model", found.anchor)
     if len(conditions) != 1:
         raise Refused("two padding masks apply to the keys", found.anchor)
-    want = (found.roles.batch, (key,))
+    want, like = (found.roles.batch, (key,)), extents(found)
     match conditions[0]:
         case n.Apply("not", (n.Apply("eq0", (n.Load() as element,)),)):
-            return arrange(element.node, element.index, want, "padding mask").then(aten.ne.Scalar, 0)
-    return bind(found.lifter, conditions[0], want, "padding mask")
+            return arrange(element.node, element.index, want, "padding", full=True, like=like).then(aten.ne.Scalar, 0)
+    return bind(found.lifter, conditions[0], want, "padding", like, full=True)
 
 
 RULE = Rule(op=OP, is_anchor=is_attention, find=find)

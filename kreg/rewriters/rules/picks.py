@@ -1,0 +1,197 @@
+"""What a graph makes of the places that a top-k picked: where they become -1, and what of them it can tell.
+
+An op that picks promises a set. Which slot an entry is in is free, and, where nothing marks them, which entries fill
+the slots that nothing ready is left for. So every value that is computed from the picks has to come to one in which
+neither shows: membership, ``any m: picks[m] == t``, and beside it the condition that entry t is ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from kreg.rewriters import notation as n
+from kreg.rewriters.graph import aten, is_tensor, shape_of, users
+from kreg.rewriters.lift import Index, Lifter
+from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
+from kreg.rewriters.notation import Expr
+from kreg.rewriters.site import Refused
+
+CHOICES = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Scalar})
+
+
+@dataclass(frozen=True)
+class Member:
+    """``any m: element[..., m] == place``: whether a place is named by one of a tensor's elements."""
+
+    element: n.Load
+    place: Expr
+
+
+def member(condition: Expr) -> Member | None:
+    """A condition as membership, whatever sentinel the model writes for "none"."""
+    if not isinstance(condition, n.Reduce) or condition.kind != "any":
+        return None
+    found: list[Member] = []
+    others: list[Expr] = []
+    for part in n.conjuncts(condition.body):
+        pair = _equal(part, condition.variable)
+        found.extend([pair] if pair is not None else [])
+        others.extend([part] if pair is None else [])
+    if len(found) != 1 or found[0].element.index[-1:] != (condition.variable,):
+        return None
+    (only,) = found
+    if any(condition.variable in i.variables for i in (*only.element.index[:-1], only.place)):
+        return None
+    implied = n.Apply("le0", (n.neg(only.element),))  # element >= 0 follows from element == place
+    return only if all(other == implied for other in others) else None
+
+
+def _equal(condition: Expr, slot: n.Var) -> Member | None:
+    """``element == place`` for an element that depends on the slot, which the place does not."""
+    match condition:
+        case n.Apply("eq0", (difference,)):
+            terms, _ = n.parts(difference)
+            loads = [(atom, c) for atom, c in terms.items() if slot in atom.variables]
+            if len(loads) == 1 and isinstance(loads[0][0], n.Load) and abs(loads[0][1]) == 1:
+                element, c = loads[0]
+                assert isinstance(element, n.Load)
+                return Member(element, n.mul(n.Const(-c), n.sub(difference, n.mul(n.Const(c), element))))
+    return None
+
+
+def near(node: Node, depth: int) -> Iterator[Node]:
+    """Light users of a node and of those, some steps far."""
+    for user in users(node) if depth else ():
+        yield user
+        if is_light(user):
+            yield from near(user, depth - 1)
+
+
+def is_light(node: Node) -> bool:
+    """Whether index notation can look into a node."""
+    return node.target in POINTWISE or node.target in LAYOUT
+
+
+def marked(lifter: Lifter, picked: Node, index: Index, is_none: Callable[[Expr], bool]) -> Node | None:
+    """The node where the picks at ``index`` become -1 under a condition, if nothing else reads the picks.
+
+    Args:
+        is_none: whether a condition is the one; what it refuses is another node's.
+    """
+    place = lifter.element(picked, index)
+    for candidate in near(picked, 4):
+        if candidate.target not in CHOICES or shape_of(candidate) != shape_of(picked):
+            continue
+        match lifter.element(candidate, index):
+            case n.Apply("where", (c, n.Const(-1), kept)) if kept == place and is_none(c):
+                return candidate
+            case n.Apply("where", (c, kept, n.Const(-1))) if kept == place and is_none(n.not_(c)):
+                return candidate
+    return None
+
+
+def leads_only_to(node: Node, target: Node, depth: int = 8) -> bool:
+    """Whether every path from a node goes through ``target``."""
+    following = users(node)
+    return bool(following) and all(
+        user is target or (depth > 0 and is_light(user) and leads_only_to(user, target, depth - 1))
+        for user in following
+    )
+
+
+Readiness = Callable[[n.Load, Expr], Expr]
+"""The condition that a place, named by an element of the picks, is ready."""
+
+
+def shows_sets_only(lifter: Lifter, picked: Node, ready: Readiness | None) -> None:
+    """Proves that the order of the picks matters nowhere, nor which of them are not ready.
+
+    Args:
+        ready: None where every pick is ready or marked by -1.
+
+    Raises:
+        Refused: what else of the picks is read, and where.
+    """
+    lifter = Lifter({*lifter.opaque, picked})
+    reached, pending = {picked}, [picked]
+    while pending:  # everything computed from the picks
+        for user in pending.pop().users:
+            if user not in reached:
+                reached.add(user)
+                pending.append(user)
+    seen, pending = {picked}, [picked]
+    while pending:
+        for user in users(pending.pop()):
+            if user in seen or _is_number(user):
+                continue
+            seen.add(user)
+            what = _is_settled(lifter, user, picked, reached, ready) if is_tensor(user) else "the order"
+            if what and (user.op == "output" or not is_light(user)):
+                raise Refused(f"{what} of the selected places matters to {user.name}", user)
+            if what:
+                pending.append(user)
+
+
+def _is_number(node: Node) -> bool:
+    """A size, or a number made of sizes."""
+    return node.op == "call_function" and not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list))
+
+
+def _is_settled(
+    lifter: Lifter, node: Node, picked: Node, reached: Collection[Node], ready: Readiness | None
+) -> str:
+    """What of the picks a node's elements still tell; "" if only which ready entries are among them."""
+    index = tuple(n.Var(f"x{d}", extent) for d, extent in enumerate(shape_of(node)))
+    e = lifter.element(node, index)
+    members: list[Member] = []
+    if not _collect(e, picked, reached, members):
+        return "the order"
+    if ready is None or not members:
+        return ""
+    for found in members:
+        if found != members[0] and (found.element.index[:-1], found.place) != (
+            members[0].element.index[:-1],
+            members[0].place,
+        ):
+            return "the choice among those not ready"
+    late = without(e, n.conjuncts(ready(members[0].element, members[0].place)))
+    return "the choice among those not ready" if any(_reads(part, reached) for part in late.walk()) else ""
+
+
+def _collect(e: Expr, picked: Node, reached: Collection[Node], members: list[Member]) -> bool:
+    """Whether an expression reads the picks by membership alone; all of it goes into ``members``."""
+    if _reads(e, reached):
+        return False
+    if isinstance(e, n.Reduce) and any(_reads(part, reached) for part in e.walk()):
+        found = member(e)
+        if found is None or found.element.node is not picked or any(_reads(p, reached) for p in found.place.walk()):
+            return False
+        members.append(found)
+        return True
+    return all(_collect(child, picked, reached, members) for child in e.children)
+
+
+def _reads(e: Expr, nodes: Collection[Node]) -> bool:
+    return isinstance(e, (n.Load, n.Softmax)) and e.node in nodes
+
+
+def without(e: Expr, conditions: tuple[Expr, ...]) -> Expr:
+    """``e`` where not all of the conditions hold."""
+    if conditions and set(conditions) <= set(n.conjuncts(e)):
+        return n.FALSE
+    match e:
+        case n.Apply("and", arguments):
+            result: Expr = n.TRUE
+            for argument in arguments:
+                result = n.and_(result, without(argument, conditions))
+            return result
+        case n.Apply("or", _):
+            return n.not_(without(n.not_(e), conditions))
+        case n.Apply("not", (inner,)):
+            return n.not_(without(inner, conditions))
+        case n.Apply("where", (c, yes, no)):
+            return n.where(without(c, conditions), without(yes, conditions), without(no, conditions))
+    return n.TRUE if (n.not_(e),) == conditions else e
