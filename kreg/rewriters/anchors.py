@@ -7,28 +7,12 @@ import operator
 from torch.fx import Node
 
 from kreg.rewriters.graph import aten, users
-from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, softmax_of
+from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE, softmax_of
 
 SDPA = aten.scaled_dot_product_attention.default
 DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
-LOGITS = frozenset(
-    {
-        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
-        *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
-        *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tanh.default),
-        *(aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other),
-        *(aten._to_copy.default, aten.to.dtype),
-    }
-)
-"""What may stand between the product with the keys and the softmax, for the softmax to be an anchor."""
-WEIGHTS = frozenset(
-    {
-        *(aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten._to_copy.default, aten.to.dtype),
-        *(aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
-        *(aten.add.Tensor, aten.sub.Tensor),
-    }
-)
-"""What may stand between the softmax and the product with the values, likewise."""
+DEPTH = 12
+"""Steps between the softmax and either product, at most."""
 
 
 def is_attention(node: Node) -> bool:
@@ -36,7 +20,7 @@ def is_attention(node: Node) -> bool:
     if is_sdpa(node):
         return True
     found = softmax_of(node)
-    return found is not None and _from_product(found[0], 10) and _to_product(node, 10)
+    return found is not None and _from_product(found[0], DEPTH) and _to_product(node, DEPTH)
 
 
 def is_sdpa(node: Node) -> bool:
@@ -72,9 +56,7 @@ def _from_product(node: Node, depth: int) -> bool:
         return False
     if node.target in CONTRACTIONS or node.target is aten.baddbmm.default:
         return True
-    if node.target is aten.cat.default:
-        return any(_from_product(piece, depth - 1) for piece in node.args[0])  # type: ignore[union-attr, arg-type]
-    if node.target not in LAYOUT and node.target not in LOGITS:
+    if node.target not in LAYOUT and node.target not in POINTWISE:
         return False
     return any(_from_product(i, depth - 1) for i in node.all_input_nodes)
 
@@ -83,7 +65,7 @@ def _to_product(node: Node, depth: int) -> bool:
     if depth == 0:
         return False
     for user in users(node):
-        passes = user.target in LAYOUT or user.target in WEIGHTS or user.target in DROPOUTS
+        passes = user.target in LAYOUT or user.target in POINTWISE or user.target in DROPOUTS
         if user.target in CONTRACTIONS or (passes and _to_product(user, depth - 1)):
             return True
     return False

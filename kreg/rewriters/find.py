@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -25,6 +25,13 @@ class Findings:
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
+
+    def without(self, refused: Mapping[str, str]) -> Findings:
+        """The same with some sites as near misses, for the reasons given by site id."""
+        if not refused:
+            return self
+        misses = [NearMiss(s.op.name, s.anchor, refused[s.id]) for s in self.sites if s.id in refused]
+        return Findings(tuple(s for s in self.sites if s.id not in refused), (*self.near_misses, *misses))
 
 
 def find(graph: Graph, rules: Sequence[Rule] | None = None) -> Findings:

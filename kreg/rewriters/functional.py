@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,38 @@ def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModu
         module: a graph from ``torch.export`` or Dynamo.
         inputs: fake tensors, SymInts and constants, one for each of its inputs.
     """
-    graph_module, signature = aot_export_module(module, list(inputs), trace_joint=False, pre_dispatch=True)
+    graph_module, signature = aot_export_module(
+        without_idle_dropout(module), list(inputs), trace_joint=False, pre_dispatch=True
+    )
     assert isinstance(graph_module, GraphModule)
     normalize(graph_module)
     trace_gradients(graph_module, inputs)
     return graph_module, signature
+
+
+def without_idle_dropout(module: GraphModule) -> GraphModule:
+    """The module with its own input in place of dropout that is off: what is written into one is written into both."""
+    if not any(_is_idle(node) for part in _graphs(module) for node in part.graph.nodes):
+        return module
+    module = copy.deepcopy(module)
+    for part in _graphs(module):
+        for node in list(part.graph.nodes):
+            if _is_idle(node):
+                node.replace_all_uses_with(node.args[0])
+                part.graph.erase_node(node)
+        part.recompile()
+    return module
+
+
+def _graphs(module: GraphModule) -> list[GraphModule]:
+    return [part for part in module.modules() if isinstance(part, GraphModule)]
+
+
+def _is_idle(node: Node) -> bool:
+    """Dropout that is off, called as an operator or, in Dynamo's graphs, as a function."""
+    if node.target not in (aten.dropout.default, torch.nn.functional.dropout) or len(node.args) < 3:
+        return False
+    return bool(node.args[1] == 0.0 or not node.args[2])
 
 
 def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
@@ -48,7 +76,7 @@ def _carries_gradient(value: Any) -> bool:
 
 
 def normalize(module: GraphModule) -> None:
-    """Drops what has no meaning for a rule: metadata assertions, dropout that is off, dead nodes.
+    """Drops what has no meaning for a rule: metadata assertions, dead nodes.
 
     Copies get a derivative.
     """
@@ -58,9 +86,6 @@ def normalize(module: GraphModule) -> None:
             graph.erase_node(node)
         elif node.target is aten.copy.default:
             _differentiable_copy(node)
-        elif node.target is aten.dropout.default and (node.args[1] == 0.0 or not node.args[2]):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
 

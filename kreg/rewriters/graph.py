@@ -15,6 +15,15 @@ aten = torch.ops.aten
 NOTE = "kreg"
 """Key of kreg's entry in the ``custom`` metadata that a node is saved with."""
 
+STORED = "kreg_stored"
+"""Key in an input's ``meta``: the tensor that the model stored there when it was captured (buffers and constants)."""
+
+FIXED = "kreg_fixed"
+"""Key in an input's ``meta``: the stored tensor is part of the code. No state_dict holds it, and nothing writes it."""
+
+WRITTEN = "kreg_written"
+"""Key in an input's ``meta``: the program ends by writing a new value into it."""
+
 INERT = frozenset(
     {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 )

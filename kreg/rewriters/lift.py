@@ -9,12 +9,11 @@ import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.graph import dtype_of, is_tensor, shape_of, sized
+from kreg.rewriters.graph import FIXED, STORED, WRITTEN, dtype_of, is_tensor, shape_of, sized
 from kreg.rewriters.notation import Expr
+from kreg.rewriters.stored import stored
 
 Index = tuple[Expr, ...]
-NUMBER = "kreg_number"
-"""Key in a node's ``meta``: the value of a tensor that is one constant number."""
 LIMIT = 400
 """Expressions larger than this stay a load of their node: no rule reads anything so large."""
 
@@ -56,6 +55,8 @@ class Lifter:
         self.cuts.update(cut for i in index for cut in n.cuts(i))
         best = (node, index, factor)
         while node not in self.opaque and node.op == "call_function" and not stops_gradient(node):
+            if any(source.meta.get(WRITTEN) for source in node.all_input_nodes):
+                break
             if leads_to_structure(node):
                 return n.mul(n.Const(factor), self.element(node, index))
             if node.target in LAYOUT and (step := LAYOUT[node.target](node, index)) is not None:
@@ -83,8 +84,10 @@ class Lifter:
     def _lift(self, node: Node, index: Index) -> Expr:
         from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
 
-        if NUMBER in node.meta:
-            return n.Const(node.meta[NUMBER])
+        if node.meta.get(FIXED) and (found := stored(node.meta[STORED], index)) is not None:
+            return found
+        if any(source.meta.get(WRITTEN) for source in node.all_input_nodes):
+            return load(node, index)  # the input itself will hold another value by the time gradients read it
         if node in self.opaque or node.op != "call_function" or stops_gradient(node):
             return load(node, index)
         if node.target in LAYOUT:

@@ -502,7 +502,10 @@ def _stack(lifter: Lifter, node: Node, index: Index) -> Expr:
 
 def _pad(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     source, pads = _source(node), _args(node)[1]
-    value = argument(node, 2, "value", 0) or 0
+    named = node.target is aten.pad.default  # has a mode before the value
+    if named and argument(node, 2, "mode", "constant") != "constant":
+        return None
+    value = argument(node, 3 if named else 2, "value", 0) or 0
     shape = shape_of(source)
     moved, inside = list(index), n.TRUE
     for k in range(len(pads) // 2):
@@ -571,6 +574,28 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Expr | None:
         if low is None or not n.never_negative(low):
             return None
     return lifter.element(source, (*index[: used[0]], *at, *index[used[0] + width :]))
+
+
+def _index_put(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    """One number written where a boolean mask over the first dimensions says."""
+    source, indices, value = _args(node)[:3]
+    used = [(d, t) for d, t in enumerate(indices) if t is not None]
+    if len(used) != 1 or argument(node, 3, "accumulate", False) or shape_of(value) not in ((), (1,)):
+        return None
+    ((first, mask),) = used
+    if dtype_of(mask) is not torch.bool:
+        return None
+    at = index[first : first + len(shape_of(mask))]
+    new = lifter.element(value, tuple(n.ZERO for _ in shape_of(value)))
+    return n.where(lifter.element(mask, at), new, lifter.element(source, index))
+
+
+def _log(lifter: Lifter, node: Node, index: Index) -> Expr:
+    """Also of a condition as a number: 0 where it holds, else -inf."""
+    value = lifter.value(_args(node)[0], index)
+    if isinstance(value, n.Apply) and value.function == "indicator":
+        return n.where(value.arguments[0], n.Const(0.0), n.Const(float("-inf")))
+    return n.apply("log", value)
 
 
 def _cumsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
@@ -790,7 +815,8 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_unary("relu"), (aten.relu.default,)),
     (_unary("tanh"), (aten.tanh.default,)),
     (_or_softmax(_unary("exp")), (aten.exp.default,)),
-    (_unary("log"), (aten.log.default,)),
+    (_log, (aten.log.default,)),
+    (_index_put, (aten.index_put.default,)),
     (_unary("abs"), (aten.abs.default,)),
     (_unary("sigmoid"), (aten.sigmoid.default,)),
 )

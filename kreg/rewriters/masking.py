@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.arrange import Group, bind
-from kreg.rewriters.graph import aten, dtype_of, is_tensor
+from kreg.rewriters.graph import STORED, aten, dtype_of, is_tensor
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.scores import INFINITE, Bias, MaskTerm
 from kreg.rewriters.site import Extent, Mask, Operand, Refused
@@ -59,7 +59,8 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     summands = [*((b.expression, b.factor) for b in biases), *((t.expression, 1.0) for t in added)]
     if summands:
         operands["bias"] = _sum(found, summands, like)
-    operands |= _inputs(found, terms, structure, like)
+    structure, inputs = _inputs(found, terms, structure, like)
+    operands |= inputs
     attributes = {
         "causal": structure.causal,
         "window": structure.window,
@@ -125,6 +126,8 @@ def _is_small(node: Node) -> bool:
         if current in seen or ordinary or not dtype_of(current).is_floating_point:
             continue
         seen.add(current)
+        if STORED in current.meta and bool((current.meta[STORED].abs() < -masks.NEGLIGIBLE).all()):
+            continue
         constants = [a for a in tree_leaves([current.args, current.kwargs]) if isinstance(a, (int, float))]
         if current.op != "call_function" or any(abs(c) >= -masks.NEGLIGIBLE for c in constants):
             return False
@@ -146,25 +149,28 @@ def _sum(found: Attention, summands: Sequence[tuple[Expr, float]], like: Sequenc
 
 def _inputs(
     found: Attention, terms: Sequence[MaskTerm], structure: masks.Structure, like: Sequence[Extent]
-) -> dict[str, Operand]:
-    """Tensors for the conditions that depend on inputs: padding, documents, and a mask for what is not read."""
+) -> tuple[masks.Structure, dict[str, Operand]]:
+    """What is left of the structure, and tensors for what depends on inputs: padding, documents, an opaque mask.
+
+    A condition with a tensor of its own is passed on alone; else the whole mask that it is part of is.
+    """
     roles = found.roles
     keys = (roles.batch, (roles.key,))
     operands: dict[str, Operand] = {}
-    opaque: list[MaskTerm] = []
-    if structure.rest or structure.selected or structure.ratio:
-        opaque = [t for t in terms if (s := _read(found, [t])).rest or s.selected or s.ratio] or list(terms)
-        structure = _read(found, [t for t in terms if t not in opaque])
-    if structure.padding:
-        try:
-            operands["padding"] = _all([_condition(found, c, keys, like, full=True) for c in structure.padding])
-        except Refused:  # no tensor of its own over (batch, key)
-            opaque.extend(t for t in terms if t not in opaque and _read(found, [t]).padding)
-    if structure.documents is not None:
-        operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like, full=True)
-    if opaque:
-        operands["mask"] = _all([_kept(found, t, like) for t in opaque])
-    return operands
+    opaque = (*structure.rest, *structure.entries)
+    try:
+        if structure.documents is not None:
+            operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like, full=True)
+        if structure.padding:
+            padding = [_condition(found, c, keys, like, full=True) for c in structure.padding]
+            operands["padding"] = _all(padding)
+        if opaque:
+            operands["mask"] = _all([_condition(found, c, roles.of_scores, like) for c in opaque])
+        return structure, operands
+    except Refused:
+        whole = [t for t in terms if not _read(found, [t]).is_band] or list(terms)
+        rest = _read(found, [t for t in terms if t not in whole])
+        return rest, {"mask": _all([_kept(found, t, like) for t in whole])}
 
 
 def _all(conditions: Sequence[Operand]) -> Operand:

@@ -67,6 +67,7 @@ class Structure:
         selected: the tensor element whose values, over its last index, name the keys.
         documents: the element that keys and queries agree on, at the key.
         padding: conditions on (batch, key) that are read from an input.
+        entries: the conditions that ``ratio`` and ``selected`` were read from.
         rest: conditions that fit no structure.
     """
 
@@ -79,6 +80,7 @@ class Structure:
     selected: n.Load | None = None
     documents: n.Load | None = None
     padding: tuple[Expr, ...] = ()
+    entries: tuple[Expr, ...] = ()
     rest: tuple[Expr, ...] = ()
 
     @property
@@ -144,6 +146,7 @@ class _Found:
     documents: list[tuple[Expr, Expr]] = field(default_factory=list)
     at_key: list[n.Load] = field(default_factory=list)
     padding: list[Expr] = field(default_factory=list)
+    entries: list[Expr] = field(default_factory=list)
     beside_prefix: bool = False  # a band that the prefix does not loosen
     bands: int = 0
 
@@ -158,12 +161,14 @@ class _Found:
             self.bands += 1
         elif band is not None and band[0] > 1 and band[1] == -1:
             self.blocks.append((band[0], band[0] - 1 - band[2]))
+            self.entries.append(condition)
         elif (chunk := _chunk(condition, query, key)) is not None:
             self.chunks.append(chunk[0])
             self.placed.append((condition, chunk[1]))
             self.bands += 1
         elif (member := _member(condition, key)) is not None:
             self.selected.append(member)
+            self.entries.append(condition)
         elif (pair := _same(condition, query, key)) is not None:
             self.documents.append((condition, pair[0]))
             self.at_key.append(pair[1])
@@ -208,6 +213,7 @@ class _Found:
             selected=self.selected[0] if self.selected else None,
             documents=self.at_key[0] if self.at_key else None,
             padding=tuple(self.padding),
+            entries=tuple(self.entries),
         )
 
 

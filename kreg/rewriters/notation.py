@@ -264,11 +264,16 @@ def size(value: Sized) -> Expr:
     for factor, c in sympy.expand(value).as_coefficients_dict().items():
         if factor == 1:
             constant += int(c)
-        elif c.is_Integer:
+        elif c.is_Integer and not _is_signed(factor):
             terms[Size(factor)] = terms.get(Size(factor), 0) + int(c)
         else:
             return Size(value)
     return linear(terms, constant)
+
+
+def _is_signed(value: sympy.Expr) -> bool:
+    """Whether a part of a size may itself be negative: ``(-s) // 5`` in ``-((-s) // 5)``, the ceiling of s / 5."""
+    return any(part.is_number and part.is_negative for part in sympy.preorder_traversal(value))
 
 
 def add(a: Expr, b: Expr) -> Expr:
@@ -367,7 +372,7 @@ def scaled(e: Expr) -> tuple[float, Expr]:
 
 def larger(a: Expr, b: Expr) -> Expr:
     """The larger of two integers."""
-    return where(le0(sub(a, b)), b, a)
+    return a if le0(sub(b, a)) == TRUE else where(le0(sub(a, b)), b, a)
 
 
 def neg(a: Expr) -> Expr:
@@ -432,13 +437,15 @@ def never_negative(e: Expr) -> bool:
         if not isinstance(atom, Size):
             return False
         lowest = _size_lower(atom.value)
+        if lowest is None and c > 0:
+            return False
         if c < 0:
             highest = _size_upper(atom.value)
             if highest is None:
                 return False
             total += c * highest
         else:
-            total += c * lowest
+            total += c * (lowest or 0)
     return total >= 0
 
 
@@ -446,8 +453,9 @@ SizeRange = Callable[[sympy.Expr], tuple[int, int | None]]
 _size_range: SizeRange | None = None
 
 
-def _size_lower(value: sympy.Expr) -> int:
-    return max(0, _size_range(value)[0]) if _size_range else 0
+def _size_lower(value: sympy.Expr) -> int | None:
+    low = max(0, _size_range(value)[0]) if _size_range else 0
+    return None if low == 0 and _is_signed(value) else low
 
 
 def _size_upper(value: sympy.Expr) -> int | None:

@@ -85,6 +85,7 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
     with clock.stage("raise"):
         findings = find(module.graph)
         raised = raise_sites(module, findings.sites)
+        findings = findings.without(raised.refused)
     settings.progress(f"planning {len(findings.sites)} sites for {settings.environment.device}")
     with clock.stage("plan"):
         facts = {node.id: node for node in (facts_of(n, op) for n, op in op_nodes(raised.module.graph))}

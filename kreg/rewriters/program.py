@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import sympy
 import torch
 from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -31,8 +32,7 @@ from torch.utils import _pytree as pytree
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes, site_id
 from kreg.rewriters.functional import drop_idle_switches, functionalize
-from kreg.rewriters.graph import NOTE
-from kreg.rewriters.lift import NUMBER
+from kreg.rewriters.graph import FIXED, NOTE, STORED, WRITTEN
 from kreg.rewriters.report import Report
 from kreg.version import __version__
 
@@ -68,9 +68,10 @@ def functional(program: ExportedProgram) -> Functional:
     specs = program.graph_signature.input_specs
     written = {signature.user_inputs.index(target) for target in signature.user_inputs_to_mutate.values()}
     for position, spec in enumerate(specs):
-        value = program.constants.get(spec.target or "")
-        if spec.kind is InputKind.CONSTANT_TENSOR and _is_number(value) and position not in written:
-            inputs[position].meta[NUMBER] = value.item()
+        if position in written:
+            inputs[position].meta[WRITTEN] = True
+        elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
+            inputs[position].meta |= _stored(program, spec)
     mutated = [specs[signature.user_inputs.index(target)] for target in signature.user_inputs_to_mutate.values()]
     outputs = _output_specs(program, module, mutated)
     return Functional(program, module, ExportGraphSignature(list(specs), outputs))
@@ -89,9 +90,13 @@ def _unify_sizes(program: ExportedProgram) -> None:
             environment._set_replacement(symbols[1], symbols[0], "equal by a guard")
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a constant is a real tensor of one number, not a fake one that stands for any."""
-    return type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
+def _stored(program: ExportedProgram, spec: InputSpec) -> dict[str, Any]:
+    """What is known of a buffer or a constant; nothing of a fake one, which stands for any."""
+    name = spec.target or ""
+    value = program.constants.get(name, program.state_dict.get(name))
+    if value is None or isinstance(value, FakeTensor) or not isinstance(value, torch.Tensor) or value.is_meta:
+        return {}
+    return {STORED: value, FIXED: spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False}
 
 
 def _output_specs(program: ExportedProgram, module: GraphModule, mutated: Sequence[InputSpec]) -> list[OutputSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from kreg.registry.library import overload
 from kreg.rewriters.graph import aten, upstream
-from kreg.rewriters.lift_ops import LAYOUT
-from kreg.rewriters.site import Calls, Extent, Operand, Site
+from kreg.rewriters.layouts import loosen, restored
+from kreg.rewriters.site import Calls, Extent, Operand, Output, Site
+
+log = logging.getLogger("kreg")
 
 SITE = "kreg_site"
 """Key in an op node's ``meta``: the id of the site it stands for."""
-
-STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Raised:
         ops: the op node of each site, by site id.
         removed: names of the captured nodes that each site made unnecessary; a node that several sites shared
             counts for the first of them.
+        refused: by site id, why a site has no op node after all.
     """
 
     module: GraphModule
     ops: Mapping[str, Node]
     removed: Mapping[str, tuple[Node, ...]]
+    refused: Mapping[str, str]
 
 
 def raise_sites(module: GraphModule, sites: Sequence[Site]) -> Raised:
@@ -42,39 +45,28 @@ def raise_sites(module: GraphModule, sites: Sequence[Site]) -> Raised:
     graph = Graph()
     copies: dict[Node, Node] = {}
     ops: dict[str, Node] = {}
+    refused: dict[str, str] = {}
     by_output = {site.outputs[0].node: site for site in sites}
     for node in module.graph.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         site = by_output.get(node)
-        if site is not None:
+        if site is None:
+            continue
+        try:
             ops[site.id], results = emit(graph, site, lambda n: copies[n])
-            for output, result in zip(site.outputs, results, strict=True):
-                copies[output.node] = result
-    _loosen_views(ops.values())
+        except Exception as error:  # what was added for it is dead code now
+            log.debug("%s cannot be raised", site.id, exc_info=True)
+            refused[site.id] = f"the op does not take its operands: {' '.join(str(error).split())[:200]}"
+            continue
+        for output, result in zip(site.outputs, results, strict=True):
+            copies[output.node] = result
+    loosen(ops.values())
     graph.eliminate_dead_code()
     new = GraphModule(module, graph)
     new.meta = dict(module.meta)
     graph.lint()
-    return Raised(new, ops, _removed(sites, copies, set(graph.nodes)))
-
-
-def _loosen_views(ops: Iterable[Node]) -> None:
-    """An op's result may be laid out otherwise than what it replaces: views may have to copy, and copies may not."""
-    pending = list(ops)
-    while pending:
-        for user in list(pending.pop().users):
-            if user.target in STRICT_VIEWS:
-                user.target = aten.reshape.default
-            elif _is_for_layout(user):
-                user.target, user.kwargs = aten.contiguous.default, {}
-            if user.target in LAYOUT or user.target is operator.getitem:
-                pending.append(user)
-
-
-def _is_for_layout(node: Node) -> bool:
-    """Whether a copy is made for its layout alone; one that leaves the graph has to be a tensor of its own."""
-    contiguous = node.kwargs == {"memory_format": torch.contiguous_format}
-    return node.target is aten.clone.default and contiguous and all(user.op != "output" for user in node.users)
+    raised = [site for site in sites if site.id in ops]
+    return Raised(new, ops, _removed(raised, copies, set(graph.nodes)), refused)
 
 
 def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]) -> dict[str, tuple[Node, ...]]:
@@ -129,12 +121,17 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
         if isinstance(value, Node) or name not in defaults or defaults[name] != value
     }
     op = call(overload(site.op), *tensors, **attributes, **({"kernel": kernel} if kernel else {}))
+    site.op.dims({name: node.meta["val"] for name, node in zip(site.op.tensors, tensors, strict=False) if node})
     op.meta |= {SITE: site.id, "trains": site.trains}
 
     def result(position: int) -> Node:
         return op if site.op.outputs == 1 else call(operator.getitem, op, position)
 
-    return op, [apply(result(output.position), output.calls) for output in site.outputs]
+    def in_place_of(output: Output) -> Node:
+        new = apply(result(output.position), output.calls)
+        return apply(new, restored(output.node, new.meta["val"]))
+
+    return op, [in_place_of(output) for output in site.outputs]
 
 
 def infer(node: Node) -> Any:

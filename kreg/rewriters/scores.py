@@ -6,6 +6,7 @@ a sum; what is negligible beside any ordinary score is a mask, whether it is add
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -55,12 +56,16 @@ class Bias:
 
 @dataclass(frozen=True)
 class Product:
-    """``sum over channels of q * k``, q indexed by the query and k by the key."""
+    """``sum over channels of q * k``, q indexed by the query and k by the key.
+
+    ``factor`` is a constant, ``tempers`` are factors that no key has: they may as well be the queries'.
+    """
 
     q: n.Load
     k: n.Load
     channels: tuple[Var, ...]
     factor: float
+    tempers: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,11 @@ class _Terms:
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
         if isinstance(e, n.Apply) and e.function == "add" and self._is_worth_splitting(e):
-            for argument in e.arguments:
-                self.collect(argument, factor, depth)
+            for part in self._parts(e):
+                self.collect(part, factor, depth)
+            return
+        if self.key.variables and not self.key.variables & e.variables and not isinstance(e, n.Const):
+            self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
             return
         keep = keep_of(e if factor == 1.0 else n.mul(n.Const(factor), e))
         if keep is not None:
@@ -136,10 +144,25 @@ class _Terms:
             raise Refused("the logits hold another softmax", self.at)
         if has_product(e):
             self.cores.append((e, factor, depth))
-        elif self.key.variables & e.variables:
-            self.biases.append(Bias(e, factor, depth))
         else:
-            self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
+            self.biases.append(Bias(e, factor, depth))
+
+    def _parts(self, e: n.Apply) -> list[Expr]:
+        """The terms of a sum; what is neither product, mask nor shared by all keys stays one term, as it was added."""
+        apart: list[Expr] = []
+        together: Expr = n.ZERO
+        for part in e.arguments:
+            constant = isinstance(part, n.Const)
+            shared = bool(self.key.variables) and not self.key.variables & part.variables
+            if not constant and (has_product(part) or shared or keep_of(part) is not None):
+                apart.append(part)
+            else:
+                together = n.add(together, part)
+        if not isinstance(together, n.Const):
+            return [*apart, together]
+        if abs(together.value) >= -NEGLIGIBLE:
+            raise Refused(f"{together.value:g} is added to every score, in which little is left of them", self.at)
+        return apart
 
     def _is_worth_splitting(self, e: n.Apply) -> bool:
         """A sum in which the product is, or a mask: other sums are one bias, added up as the model does."""
@@ -179,6 +202,8 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
             shift=tuple(terms.shift),
             floored=terms.floored,
         )
+    if any(not term.value > INFINITE for term in terms.masks) and not all(map(_is_top, terms.shift)):
+        raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
     refusal = Refused("the logits are not one product of queries and keys", node)
     for core in terms.cores:
         e, factor, _ = core
@@ -190,6 +215,17 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
         biases = (*terms.biases, *(Bias(*other) for other in terms.cores if other is not core))
         return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift), terms.floored)
     raise refusal
+
+
+def _is_top(shift: Expr) -> bool:
+    """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or a parameter."""
+    _, e = n.scaled(shift)
+    if not isinstance(e, n.Load):
+        return isinstance(e, n.Reduce) and e.kind == "max"
+    node = e.node
+    while node.target in (operator.getitem, torch.ops.aten.detach.default):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" or node.target in (torch.ops.aten.amax.default, torch.ops.aten.max.dim)
 
 
 def summands(e: Expr) -> list[Expr]:
@@ -242,10 +278,14 @@ def product_of(e: Expr, key: Expr, node: Node) -> Product:
     Raises:
         Refused: another form.
     """
+    outer, tempers = 1.0, list[Expr]()
+    if isinstance(e, n.Apply) and e.function in ("mul", "div"):
+        outer, e, tempers = _tempered(e, key)
     if not isinstance(e, n.Reduce):
         name = e.function if isinstance(e, n.Apply) else type(e).__name__.lower()
         raise Refused(f"the scores pass through {name!r} before the softmax", node)
     channels, scale, body = sum_over(e)
+    scale *= outer
     factors = factors_of(body)
     operands = [f for f in factors if isinstance(f, n.Load)]
     if len(operands) != 2 or len(factors) != 2:
@@ -255,7 +295,22 @@ def product_of(e: Expr, key: Expr, node: Node) -> Product:
         raise Refused("the scores' operands are not one of queries and one of keys", node)
     (k,) = with_key
     (q,) = (f for f in operands if f is not k)
-    return Product(q, k, channels, scale)
+    return Product(q, k, channels, scale, tuple(tempers))
+
+
+def _tempered(e: n.Apply, key: Expr) -> tuple[float, Expr, list[Expr]]:
+    """A product with other factors, taken apart: a constant, the product, and those of the factors that no key has."""
+    if e.function == "div":
+        top, bottom = e.arguments
+        ratio = n.apply("div", n.Const(1.0), bottom)
+        return (1.0, e, []) if key.variables & bottom.variables else (1.0, top, [ratio])
+    constant, rest = n.scaled(e)
+    factors = factors_of(rest)
+    sums = [f for f in factors if isinstance(f, n.Reduce)]
+    others = [f for f in factors if not isinstance(f, n.Reduce)]
+    if len(sums) != 1 or any(key.variables & f.variables for f in others):
+        return 1.0, e, []
+    return constant, sums[0], others
 
 
 def sum_over(e: Expr) -> tuple[tuple[Var, ...], float, Expr]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
@@ -148,6 +149,8 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
     body = n.substitute(body, {summed[0]: key})
     weights, v, condition = _weighted_values(body, output)
     source, dim = logits_of(softmax)
+    if torch.promote_types(dtype_of(source), dtype_of(softmax)) != dtype_of(softmax):
+        raise Refused("the softmax rounds its logits to a narrower dtype", softmax)
     if weights.index[dim] not in (key, n.add(key, n.ONE)):
         raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
     if any(key in i.variables for d, i in enumerate(weights.index) if d != dim):

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kreg.registry.op import normal
-from kreg.rewriters.graph import upstream
+from kreg.rewriters.graph import STORED, upstream
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
 from kreg.rewriters.site import Extent, Operand, Site
@@ -51,6 +51,8 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
         new = _new(site, kernel, sizes)
         with torch.random.fork_rng(devices=[]):
             return _compare(site, old, new, values, trains, generator)
+    except NotRun as reason:
+        return Outcome(None, str(reason))
     except Exception as error:
         log.debug("verification of %s failed", site.id, exc_info=True)
         message = " ".join(str(error).split())[:200]
@@ -64,17 +66,25 @@ def _stops(site: Site) -> set[Node]:
     return {node for operand in site.operands.values() for node in operand.nodes}
 
 
+class NotRun(Exception):
+    """Why a site cannot be verified, in words."""
+
+
 class Sizes:
     """Numbers for a graph's symbolic sizes: the example's, made small where the graph's guards still hold."""
 
     def __init__(self, graph: Graph, site: Site) -> None:
         self.values: dict[sympy.Symbol, int] = {}
-        symints = [s for node in graph.nodes for s in _symints(node.meta.get("val"))]
+        relevant = upstream([o.node for o in site.outputs], _stops(site))
+        nodes = {*relevant, *_stops(site), *(v for v in site.attributes.values() if isinstance(v, Node))}
+        symints = [s for node in nodes for s in _symints(node.meta.get("val"))]
         if not symints:
             return
         environment = symints[0].node.shape_env
         symbols = set().union(*(s.node.expr.free_symbols for s in symints))
-        hints = {s: int(environment.backed_var_to_val[s]) for s in symbols}
+        hints = {s: int(environment.backed_var_to_val[s]) for s in symbols if s in environment.backed_var_to_val}
+        if len(hints) < len(symbols):
+            raise NotRun("not verified: a size depends on data")
         small = {s: self._small(environment, s, hint) for s, hint in hints.items()}
         guards = [guard.expr for guard in environment.guards]
         fits = all(guard.xreplace(small) is not sympy.false for guard in guards)
@@ -118,7 +128,9 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
     drawn: dict[str, torch.Tensor] = {}
     for name, operand in site.operands.items():
         node = operand.node
-        if node not in values:
+        if node not in values and STORED in node.meta:
+            values[node] = node.meta[STORED].detach().clone()
+        elif node not in values:
             shape, dtype = sizes.shape(node), node.meta["val"].dtype
             fill = site.op.fill.get(name)
             if fill is not None:
@@ -126,13 +138,18 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             else:
                 values[node] = _noise(shape, dtype, generator, operand.levels)
         for part in operand.parts:
-            if part.node not in values:
+            if part.node not in values and STORED in part.node.meta:
+                values[part.node] = part.node.meta[STORED].detach().clone()
+            elif part.node not in values:
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
         drawn[name] = _apply(values, operand)
     for node in inner:
-        if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
-            values[node] = _noise(sizes.shape(node), node.meta["val"].dtype, generator)
+        is_input = node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_input and node not in values:
+            stored = node.meta.get(STORED)
+            shape, dtype = sizes.shape(node), node.meta["val"].dtype
+            values[node] = _noise(shape, dtype, generator) if stored is None else stored.detach().clone()
     return values
 
 

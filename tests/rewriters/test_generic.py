@@ -179,6 +179,10 @@ def no_key_for_the_first_query(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: 
     return (q @ k.mT * 0.3).masked_fill(~torch.tril(torch.ones(S, S, dtype=torch.bool), -1), MIN).softmax(-1) @ v
 
 
+def scaled_by_the_data(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT * q.abs().mean(-1, keepdim=True)).softmax(-1) @ v
+
+
 TABLE = draw(H, 20, 20, seed=7)
 PADDING = torch.ones(B, 20, dtype=torch.bool)
 PADDING[1, :3] = False
@@ -214,6 +218,7 @@ ATTENTIONS = (
     Case(boolean_input, (*qkv(), PADDING), kind="padding", attributes={"empty": "nan"}),
     Case(in_higher_precision, kind="causal"),
     Case(no_key_for_the_first_query, kind="causal", attributes={"offset": -1, "empty": "uniform"}),
+    Case(scaled_by_the_data),
     Case(chunked_decode, qkv(queries=3, keys=S), kind="causal", attributes={"offset": S - 3}),
 )
 
@@ -348,10 +353,6 @@ def weights_used_twice(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     return weights @ v + weights.sum(-1, keepdim=True)
 
 
-def scale_from_the_data(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (q @ k.mT * q.abs().mean(-1, keepdim=True)).softmax(-1) @ v
-
-
 def talking_heads(m: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     mixing = torch.outer(m.sinks, m.sinks)
     return torch.einsum("bhst,hg->bgst", (q @ k.mT * 0.3), mixing).softmax(-1) @ v
@@ -391,7 +392,6 @@ NEAR_MISSES: dict[Callable[..., torch.Tensor], str] = {
     wrong_dimension: "softmax does not run over the keys",
     masked_afterwards: "masked after the softmax",
     weights_used_twice: "used more than once",
-    scale_from_the_data: "scores",
     talking_heads: "neither queries nor values have",
     heads_mixed_afterwards: "",
     renormalised: "used more than once",

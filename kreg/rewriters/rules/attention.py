@@ -8,7 +8,7 @@ from kreg.registry.op import Op
 from kreg.registry.ops import ATTENTION
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_attention
-from kreg.rewriters.arrange import Group, arrange, arranged_back
+from kreg.rewriters.arrange import Group, arrange, arranged_back, bind
 from kreg.rewriters.graph import aten, dtype_of, shape_of
 from kreg.rewriters.masking import masking
 from kreg.rewriters.rules.rule import Context, Rule
@@ -28,7 +28,7 @@ def find(context: Context, anchor: Node) -> Site:
         return arrange(element.node, element.index, want, what, full=True, like=like).cast(result)
 
     operands = {
-        "q": operand(found.q, roles.of_q, "queries"),
+        "q": tempered(found, operand(found.q, roles.of_q, "queries"), like),
         "k": operand(found.k, roles.of_k, "keys"),
         "v": operand(found.v, roles.of_v, "values"),
     }
@@ -37,6 +37,13 @@ def find(context: Context, anchor: Node) -> Site:
     masked = masking(found, like)
     attributes = {"scale": found.scores.scale, "softcap": found.scores.softcap, **masked.attributes}
     return Site(OP, anchor, operands | masked.operands, attributes, (output(found),), masked.mask)
+
+
+def tempered(found: Attention, q: Operand, like: list[Extent]) -> Operand:
+    """The queries times what the model multiplies the scores by, row by row."""
+    for factor in found.scores.product.tempers:
+        q = q.then(aten.mul.Tensor, bind(found.lifter, factor, (*found.roles.of_q[:3], ()), "temperature", like))
+    return q
 
 
 def output(found: Attention) -> Output:

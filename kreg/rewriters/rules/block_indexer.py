@@ -126,8 +126,10 @@ def _local(nearest: Expr, query: n.Var, offset: int, block: int, own: n.Var, anc
     if isinstance(nearest, n.Reduce) and nearest.kind == "any" and isinstance(nearest.variable.size, int):
         back, count, condition = nearest.variable, nearest.variable.size, nearest.body
     at = n.sub(position, back)
-    if condition != n.eq0(n.sub(n.larger(n.ZERO, at), own)):
-        raise Refused("blocks are selected whatever they score that are not the query's own and those before it", anchor)
+    if condition != n.eq0(n.sub(n.larger(at, n.ZERO), own)):
+        raise Refused(
+            "blocks are selected whatever they score that are not the query's own and those before it", anchor
+        )
     return count
 
 

@@ -34,8 +34,8 @@ def find(context: Context, anchor: Node) -> Site:
     found = read(context.lifter, anchor)
     roles, result = found.roles, dtype_of(found.output)
     _shares_keys_and_values(found)
-    if found.scores.softcap or found.scores.biases or found.factor != 1.0:
-        raise Refused("the scores have a soft cap or a bias", anchor)
+    if found.scores.softcap or found.scores.biases or found.scores.product.tempers or found.factor != 1.0:
+        raise Refused("the scores have a soft cap, a temperature or a bias", anchor)
     parts = _parts(found)
 
     def keys(position: int, what: str) -> Operand:

@@ -1,0 +1,73 @@
+"""Strides: what an op puts in a value's place may be laid out otherwise, and code behind it was captured for the old."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from kreg.rewriters.graph import aten, is_tensor, sized
+from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
+from kreg.rewriters.site import Calls
+
+STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+BY_STRIDES = frozenset(
+    {aten.as_strided.default, aten.dropout.default, aten.native_dropout.default, aten.bernoulli.default}
+)
+"""Operators whose result depends on how their input is laid out; random numbers are drawn in the order of memory."""
+
+
+def restored(old: Node, new: Any) -> Calls:
+    """The copy that gives a new value the strides of the old one; none where nobody can tell the difference."""
+    if _strides(old.meta["val"]) == _strides(new) or not any(_tells(user) for user in behind([old])):
+        return ()
+    strides = old.meta["val"].stride()
+    order = sorted(range(len(strides)), key=lambda d: -_hint(strides[d]))
+    if order == list(range(len(order))):
+        return ((aten.contiguous.default, ()),)
+    back = [order.index(d) for d in range(len(order))]
+    return (aten.permute.default, (order,)), (aten.contiguous.default, ()), (aten.permute.default, (back,))
+
+
+def _strides(value: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(sized(s) for s, extent in zip(value.stride(), value.shape, strict=True) if sized(extent) != 1)
+
+
+def _hint(stride: int | torch.SymInt) -> int:
+    return stride if isinstance(stride, int) else int(stride.node.hint)
+
+
+def _tells(user: Node) -> bool:
+    return user.op == "output" or user.target in BY_STRIDES
+
+
+def behind(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Consumers that a value's strides reach: through views, and through pointwise operators, which keep them."""
+    pending, seen = list(nodes), set()
+    while pending:
+        for user in pending.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            yield user
+            if user.target in LAYOUT or user.target in POINTWISE or user.target is operator.getitem:
+                pending.append(user)
+
+
+def loosen(ops: Iterable[Node]) -> None:
+    """Views behind an op may have to copy, and copies that were made for their layout alone may not."""
+    for user in list(behind(ops)):
+        if user.target in STRICT_VIEWS:
+            user.target = aten.reshape.default
+        elif _is_for_layout(user):
+            user.target, user.kwargs = aten.contiguous.default, {}
+
+
+def _is_for_layout(node: Node) -> bool:
+    """Whether a copy is made for its layout alone; one that leaves the graph has to be a tensor of its own."""
+    contiguous = node.kwargs == {"memory_format": torch.contiguous_format}
+    own = all(user.op != "output" for user in node.users)
+    return node.target is aten.clone.default and contiguous and own and is_tensor(node)
