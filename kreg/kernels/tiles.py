@@ -13,6 +13,8 @@ from math import prod
 
 import torch
 
+from kreg.registry.ops.attention import in_band
+
 SCORES_PER_TILE = 1 << 18
 """Scores held at once (1 MB in float32), about one core's second-level cache."""
 
@@ -61,38 +63,76 @@ def aligned(first: int, last: int, end: int) -> tuple[int, int]:
 
 @dataclass
 class Band:
-    """The causal and window masks: which keys the query at position ``s + offset`` sees by their distance."""
+    """The masks by position: which keys the query at position ``s + offset`` sees, as `in_band` has it."""
 
     keys: int
     causal: bool
     window: int
     offset: int
-    seen: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    chunk: int = 0
+    prefix: int = 0
+    seen: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of keys, aligned, that queries ``start`` to ``stop`` see at all."""
-        first = max(0, start + self.offset - self.window + 1) if self.window else 0
-        last = min(self.keys, stop + self.offset) if self.causal else self.keys
+        """The range of keys, aligned, that queries ``start`` to ``stop`` see beside the prefix."""
+        low, high = start + self.offset, stop + self.offset  # positions
+        first, last = 0, self.keys
+        if self.causal:
+            last = min(last, high)
+        if self.window:
+            first, last = max(first, low - self.window + 1), min(last, high + self.window - 1)
+        if self.chunk:
+            chunks = low // self.chunk, (high - 1) // self.chunk + 1
+            first, last = max(first, chunks[0] * self.chunk), min(last, chunks[1] * self.chunk)
         return aligned(first, last, self.keys) if first < last else (0, 0)
+
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The ranges of keys, aligned and disjoint, that queries ``start`` to ``stop`` see at all."""
+        first, last = self.span(start, stop)
+        if self.prefix <= 0:
+            return [(first, last)]
+        _, end = aligned(0, min(self.prefix, self.keys), self.keys)
+        return [(0, max(end, last))] if end >= first else [(0, end), (first, last)]
+
+    def whole(self, start: int, stop: int, first: int, last: int) -> bool:
+        """Whether every query of the tile sees every key of the range."""
+        if last <= self.prefix:
+            return True
+        low, high = start + self.offset, stop - 1 + self.offset
+        if self.causal and last - 1 > low:
+            return False
+        if self.window and (first <= high - self.window or last - 1 >= low + self.window):
+            return False
+        return not self.chunk or len({at // self.chunk for at in (low, high, first, last - 1)}) == 1
 
     def bias(self, start: int, stop: int, first: int, last: int, like: torch.Tensor) -> torch.Tensor | None:
         """0 where a query of the tile sees a key of the range, -inf elsewhere: [tile, range]; None: all 0."""
-        newest, oldest = start + self.offset, stop - 1 + self.offset - self.window
-        if (not self.causal or last - 1 <= newest) and (not self.window or first > oldest):
+        if self.whole(start, stop, first, last):
             return None
-        shape = (stop - start, last - first, newest - first)  # most tiles have the same relative position
-        bias = self.seen.get(shape)
+        position, prefix = start + self.offset, min(max(self.prefix - first, 0), last - first)
+        phase = position % self.chunk if self.chunk else 0
+        shape = stop - start, last - first
+        relative = (*shape, position - first, phase, prefix)  # most tiles have the same relative position
+        bias = self.seen.get(relative)
         if bias is None:
             if len(self.seen) >= 8:
                 self.seen.clear()
-            distance = torch.arange(newest, newest + shape[0]).unsqueeze(1) - torch.arange(first, last)
-            dropped = torch.zeros(shape[:2], dtype=torch.bool)
-            if self.causal:
-                dropped |= distance < 0
-            if self.window:
-                dropped |= distance >= self.window
-            bias = self.seen[shape] = like.new_zeros(shape[:2]).masked_fill_(dropped, float("-inf"))
+            keep = in_band(
+                torch.arange(position, position + shape[0]).unsqueeze(1),
+                torch.arange(first, last),
+                causal=self.causal,
+                window=self.window,
+                chunk=self.chunk,
+                prefix=self.prefix,
+            )
+            bias = self.seen[relative] = like.new_zeros(shape).masked_fill_(~keep, float("-inf"))
         return bias
+
+
+def absence(kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """0 where True, -inf where False; to make and add it is several times faster than to fill scores in place."""
+    below = torch.sub(kept.view(torch.int8), 1, out=out)  # 0 or -1
+    return torch.threshold_(below, -0.5, float("-inf"))
 
 
 def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import sympy
 import torch
@@ -92,6 +93,7 @@ def _ranges(graph: Graph) -> n.SizeRange:
         if environment is not None:
             break
 
+    @cache
     def ranges(size: sympy.Expr) -> tuple[int, int | None]:
         if environment is None:
             return 0, None

@@ -55,17 +55,27 @@ def _is_idle(node: Node) -> bool:
 
 
 def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
-    """Marks the nodes through which gradients flow (``meta["trains"]``), from the inputs that require one."""
+    """Marks the nodes through which gradients flow (``meta["trains"]``), from the inputs that require one.
+
+    Also those that stop a gradient (``meta["cut"]``), which may be that of an input that requires none as yet.
+    """
     given = iter(inputs)
     enabled = torch.is_grad_enabled()
+    could: dict[Node, bool] = {}
     for node in module.graph.nodes:
+        floating = _carries_gradient(node.meta.get("val"))
         if node.op == "placeholder":
             trains = bool(getattr(next(given, None), "requires_grad", False))
+            could[node] = floating
         elif node.target is torch._C._set_grad_enabled:
             enabled, trains = node.args[0], False
+            could[node] = False
         else:
-            trains = enabled and any(source.meta["trains"] for source in node.all_input_nodes)
-            trains = trains and _carries_gradient(node.meta.get("val"))
+            passes = enabled and floating and node.target is not aten.detach.default
+            trains = passes and any(source.meta["trains"] for source in node.all_input_nodes)
+            reached = any(could[source] for source in node.all_input_nodes)
+            could[node] = passes and reached
+            node.meta["cut"] = floating and reached and not passes
         node.meta["trains"] = trains
 
 

@@ -101,10 +101,8 @@ class Lifter:
 
 
 def stops_gradient(node: Node) -> bool:
-    """Whether gradients flow to what a tensor of floats is computed from, but not through it: a detach, or no_grad."""
-    if node.meta.get("trains", False) or not is_tensor(node) or not dtype_of(node).is_floating_point:
-        return False
-    return any(source.meta.get("trains", False) for source in node.all_input_nodes)
+    """Whether gradients could flow to what a value is computed from, but not through it: a detach, or no_grad."""
+    return bool(node.meta.get("cut", False))
 
 
 def load(node: Node, index: Index) -> Expr:

@@ -344,14 +344,22 @@ def _floor(a: Expr, b: Expr) -> Expr:
     return n.apply("max", b, a) if isinstance(b, n.Const) else n.apply("max", a, b)
 
 
+COPIED = 30
+"""An integer of more parts than this is not copied into the branches of a clamp."""
+
+
 def _clamp(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
     found = lifter.value(_args(node)[0], index)
-    if isinstance(high, int) and n.is_integral(found):
-        found, high = n.neg(n.larger(n.Const(-high), n.neg(found))), None
-    if high is not None or not isinstance(low, (int, float)):
+    if n.is_integral(found) and sum(1 for _ in found.walk()) > COPIED:
         return None
-    return _floor(found, n.Const(low))
+    if isinstance(low, (int, float)):
+        found = _floor(found, n.Const(low))
+    elif low is not None:
+        return None
+    if high is None:
+        return found
+    return n.neg(n.larger(n.neg(found), n.Const(-high))) if isinstance(high, int) and n.is_integral(found) else None
 
 
 def _numeric(e: Expr) -> Expr:
@@ -550,6 +558,21 @@ def _scatter(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     else:
         new = _typed(value, dtype_of(node))
     return n.where(n.exists(m, n.eq0(n.sub(named, index[dim]))), new, source)
+
+
+def _scatter_add(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    """Counts: what the indices name at a place, added up."""
+    base, dim, indices, values = _args(node)[:4]
+    shapes = zip(shape_of(base), shape_of(indices), strict=True)
+    dim = _dim(dim, len(index))
+    fits = shape_of(values) == shape_of(indices) and all(a == b for d, (a, b) in enumerate(shapes) if d != dim)
+    if not fits or dtype_of(node).is_floating_point:
+        return None
+    m = n.fresh("m", shape_of(indices)[dim])
+    at = (*index[:dim], m, *index[dim + 1 :])
+    named = n.eq0(n.sub(lifter.element(indices, at), index[dim]))
+    added = n.where(named, _numeric(lifter.element(values, at)), n.ZERO)
+    return n.add(lifter.element(base, index), n.total(m, added))
 
 
 def _gather(lifter: Lifter, node: Node, index: Index) -> Expr:
@@ -797,6 +820,7 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_pad, (aten.constant_pad_nd.default, aten.pad.default)),
     (_slice_scatter, (aten.slice_scatter.default,)),
     (_scatter, (aten.scatter.value, aten.scatter.src)),
+    (_scatter_add, (aten.scatter_add.default,)),
     (_gather, (aten.gather.default,)),
     (_index, (aten.index.Tensor,)),
     (_cumsum, (aten.cumsum.default,)),

@@ -7,7 +7,8 @@ additive masks are passed on as they are, and added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,15 +18,18 @@ from torch.utils._pytree import tree_leaves
 
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
-from kreg.rewriters.arrange import Group, bind
+from kreg.rewriters.arrange import Group, arrange, bind
 from kreg.rewriters.graph import STORED, aten, dtype_of, is_tensor
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.scores import INFINITE, Bias, MaskTerm
-from kreg.rewriters.site import Extent, Mask, Operand, Refused
+from kreg.rewriters.site import Claim, Extent, Mask, Operand, Refused
 from kreg.rewriters.softmax import Attention
 
 ABSORBING = -1e30
 """Added to a score in any float, this or less leaves nothing of it."""
+
+FAR = 1000
+"""So many nodes behind a result its masks are looked for; each layer's stand before it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Masking:
     operands: dict[str, Operand]
     mask: Mask
     structure: masks.Structure = field(default_factory=masks.Structure)
+    claims: tuple[Claim, ...] = ()
 
 
 def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
@@ -69,7 +74,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "offset": structure.offset,
         "empty": empty,
     }
-    return Masking(attributes, operands, describe(structure, operands), structure)
+    return Masking(attributes, operands, describe(structure, operands), structure, claims(found, terms, like))
 
 
 def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
@@ -205,6 +210,46 @@ def _condition(
             held = held.then(aten.ne.Scalar, 0)
         return held.then(aten.logical_not.default) if negate else held
     raise refusal
+
+
+def claims(found: Attention, terms: Sequence[MaskTerm], like: Sequence[Extent]) -> tuple[Claim, ...]:
+    """The tensors that the model masks with: what was read of them is held against their values.
+
+    Of the nodes that hold a mask it is the one nearest to the scores, so that all that was read lies behind it.
+    """
+    return tuple(_claim(found, term, like) for term in terms)
+
+
+def _claim(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Claim:
+    is_condition = term.expression == term.keep
+    forms = (term.expression, n.not_(term.keep)) if is_condition else (term.expression,)
+    holders = {node: (form, index) for form in forms for node, index in found.lifter.origins.get(form, ())}
+    for node in _nearest(found, holders):
+        form, index = holders[node]
+        try:
+            held = arrange(node, index, found.roles.of_scores, "mask", like=like)
+        except Refused:
+            continue
+        if not is_condition:
+            return Claim(held, term.levels)
+        held = held if dtype_of(node) is torch.bool else held.then(aten.ne.Scalar, 0)
+        return Claim(held if form == term.keep else held.then(aten.logical_not.default))
+    return Claim(None)
+
+
+def _nearest(found: Attention, wanted: Collection[Node]) -> Iterator[Node]:
+    """Those of some nodes that an attention is computed from, the nearest first; not looking far."""
+    seen = {found.q.node, found.k.node, found.v.node}
+    pending, missing = deque([found.output]), {*wanted}
+    while pending and missing and len(seen) < FAR:
+        node = pending.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in missing:
+            missing.discard(node)
+            yield node
+        pending.extend(node.all_input_nodes)
 
 
 def describe(structure: masks.Structure, operands: dict[str, Operand]) -> Mask:

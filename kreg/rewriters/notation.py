@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -372,7 +372,7 @@ def scaled(e: Expr) -> tuple[float, Expr]:
 
 def larger(a: Expr, b: Expr) -> Expr:
     """The larger of two integers."""
-    return a if le0(sub(b, a)) == TRUE else where(le0(sub(a, b)), b, a)
+    return where(le0(add(sub(a, b), ONE)), b, a)
 
 
 def neg(a: Expr) -> Expr:
@@ -625,6 +625,10 @@ def eq0(e: Expr) -> Expr:
         return where(c, eq0(yes), eq0(no))
     if isinstance(e, Apply) and e.function == "indicator":
         return not_(e.arguments[0])
+    if isinstance(e, Reduce) and e.kind == "sum":  # of numbers that are not negative: 0 if each of them is
+        least = lower(e.body)
+        if least is not None and never_negative(least):
+            return not_(exists(e.variable, truth(e.body)))
     match e:  # 1 - [p] == 0, and [p] - 1 == 0
         case Linear(((Apply("indicator", (p,)), factor),), constant) if constant == -factor:
             return p
@@ -699,9 +703,23 @@ def _joined(function: str, arguments: tuple[Expr, ...]) -> Expr:
                 return absorbing
             if a != neutral and a not in kept:
                 kept.append(a)
+    if function == "and" and any(isinstance(a, Apply) and a.function == "where" for a in kept):
+        known = [assuming(a, [b for b in kept if b is not a]) for a in kept]
+        if known != kept:
+            return _joined(function, tuple(known))
     if not kept:
         return neutral
     return kept[0] if len(kept) == 1 else Apply(function, tuple(sorted(kept, key=_order)))
+
+
+def assuming(e: Expr, facts: Sequence[Expr]) -> Expr:
+    """The branch of a `where` whose condition is decided by facts; ``e`` where none is."""
+    if not isinstance(e, Apply) or e.function != "where":
+        return e
+    c, yes, no = e.arguments
+    if all(part in facts for part in conjuncts(c)):
+        return assuming(yes, facts)
+    return assuming(no, facts) if any(not_(part) in facts for part in conjuncts(c)) else e
 
 
 def conjuncts(e: Expr) -> tuple[Expr, ...]:

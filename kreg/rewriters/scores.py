@@ -77,7 +77,7 @@ class Scores:
         scale, softcap: of the product; 0 for no cap.
         masks, biases: outermost first.
         shift: terms that all keys share.
-        floored: whether scores below some negligible number are raised to it.
+        floored: whether masked scores become one number, by a maximum or by a multiplication with 0.
     """
 
     product: Product
@@ -107,6 +107,7 @@ class _Terms:
     shift: list[Expr] = field(default_factory=list)
     cores: list[tuple[Expr, float, int]] = field(default_factory=list)
     floored: bool = False
+    gates: list[Expr] = field(default_factory=list)
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
         if isinstance(e, n.Apply) and e.function == "add" and self._is_worth_splitting(e):
@@ -122,6 +123,10 @@ class _Terms:
                 self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
             return
         match e:
+            case n.Apply("mul", factors) if has_product(e) and any(gate(f) is not None for f in factors):
+                self.gates.extend(g for f in factors if (g := gate(f)) is not None)
+                self.collect(n.product(tuple(f for f in factors if gate(f) is None)), factor, depth)
+                return
             case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
                 return
@@ -202,6 +207,10 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
             shift=tuple(terms.shift),
             floored=terms.floored,
         )
+    kept = {c for term in terms.masks for c in n.conjuncts(term.keep)}
+    if not all(c in kept for g in terms.gates for c in n.conjuncts(g)):
+        raise Refused("scores are multiplied by a condition that no mask repeats", node)
+    terms.floored |= bool(terms.gates)
     if any(not term.value > INFINITE for term in terms.masks) and not all(map(_is_top, terms.shift)):
         raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
     refusal = Refused("the logits are not one product of queries and keys", node)
@@ -226,6 +235,16 @@ def _is_top(shift: Expr) -> bool:
     while node.target in (operator.getitem, torch.ops.aten.detach.default):
         node = node.all_input_nodes[0]
     return node.op == "placeholder" or node.target in (torch.ops.aten.amax.default, torch.ops.aten.max.dim)
+
+
+def gate(e: Expr) -> Expr | None:
+    """The condition for a factor that is 1 or 0 to be 1; None for another factor."""
+    match e:
+        case n.Apply("indicator", (c,)):
+            return c
+        case n.Apply("where", (c, n.Const(yes), n.Const(no))) if {yes, no} == {0, 1}:
+            return c if yes else n.not_(c)
+    return None
 
 
 def summands(e: Expr) -> list[Expr]:

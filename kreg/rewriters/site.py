@@ -82,6 +82,19 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A tensor that the model masks with, in the op's [batch, heads, queries, keys], 1 where it does not vary.
+
+    Attributes:
+        operand: boolean, True where a key is kept; or additive, 0 there. None where no tensor could be named.
+        levels: the values of an additive one that were read in the graph; none for a boolean one.
+    """
+
+    operand: Operand | None
+    levels: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Mask:
     """What was proven about a site's mask, for the report: its kind, and the values that make it up."""
 
@@ -104,6 +117,7 @@ class Site:
         attributes: the other arguments by name; a Node where the value is a symbolic size.
         outputs: what the op's results replace.
         mask: what was proven about the mask, where the op has one.
+        claims: the tensors that it was proven of.
     """
 
     op: Op
@@ -112,6 +126,7 @@ class Site:
     attributes: Mapping[str, Any]
     outputs: tuple[Output, ...]
     mask: Mask | None = None
+    claims: tuple[Claim, ...] = ()
 
     @property
     def id(self) -> str:

@@ -24,6 +24,7 @@ from kreg.kernels.sparse_attention import cpu as sparse_attention
 from kreg.registry.constraints import Constraint
 from kreg.registry.op import Op
 from kreg.registry.ops import BUILTIN_OPS
+from kreg.registry.ops.attention import EMPTY
 from kreg.registry.ops.lightning_indexer import all_scores
 from kreg.registry.ops.sparse_attention import random_indices
 from kreg.registry.spec import KernelSpec
@@ -119,6 +120,8 @@ def check(spec: KernelSpec, arguments: dict[str, Any], gradients: bool = True) -
     for name in names:
         expected = exact[name].grad
         assert (found[name].shape, found[name].dtype) == (arguments[name].shape, arguments[name].dtype)
+        assert torch.equal(found[name].isnan(), expected.isnan()), f"gradient of {name} is NaN elsewhere"
+        assert torch.equal(found[name].isinf(), expected.isinf()), f"gradient of {name} is infinite elsewhere"
         error = largest(found[name].double() - expected)
         assert tolerance.accepts(error, largest(expected)), f"gradient of {name} is off by {error}"
 
@@ -126,7 +129,7 @@ def check(spec: KernelSpec, arguments: dict[str, Any], gradients: bool = True) -
 def largest(x: torch.Tensor) -> float:
     """Largest finite absolute value."""
     x = x.detach().abs()
-    x = x[~x.isinf()]
+    x = x[x.isfinite()]
     return float(x.max()) if x.numel() else 0.0
 
 
@@ -172,24 +175,44 @@ def attention_calls(draw: st.DrawFn) -> dict[str, Any]:
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     queries, keys, dim = draw(size), draw(size), draw(st.integers(1, 9))
     heads, value_dim = kv_heads * group, draw(st.sampled_from([dim, 5]))
+    offset = draw(st.sampled_from([0, 0, 3, 30, -4]))
+    by_document = draw(st.booleans())
+    if by_document:
+        offset = max(offset, 0)
+        keys = max(keys, queries + offset)
 
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     full = (batch, heads, queries, keys)
     broadcast = tuple(n if draw(st.booleans()) else 1 for n in full)
+    bias = make(*broadcast) if draw(st.booleans()) else None
+    if bias is not None and draw(st.booleans()):
+        lowest = draw(st.sampled_from([float("-inf"), torch.finfo(torch.float32).min, -1e30, -1e4]))
+        bias = bias.masked_fill(make(*broadcast[:3], 1) > 0.3, lowest)
+    padding = make(batch, keys) > draw(st.sampled_from([-1.0, 0.5])) if draw(st.booleans()) else None
+    if padding is not None and draw(st.booleans()):
+        padding = padding.sort(dim=1, descending=draw(st.booleans())).values
+    documents = torch.randint(0, 4, (batch, keys), generator=g) if by_document else None
+    if documents is not None and draw(st.booleans()):
+        documents = documents.sort(dim=1).values
     return {
         "q": make(batch, heads, queries, dim),
         "k": make(batch, kv_heads, keys, dim),
         "v": make(batch, kv_heads, keys, value_dim),
-        "bias": make(*broadcast) if draw(st.booleans()) else None,
+        "bias": bias,
         "mask": make(*broadcast) > -0.5 if draw(st.booleans()) else None,
         "sinks": make(heads) if draw(st.booleans()) else None,
+        "padding": padding,
+        "documents": documents,
         "scale": 0.4,
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.0])),
         "causal": draw(st.booleans()),
         "window": draw(st.sampled_from([0, 0, 1, 5, 20])),
-        "offset": draw(st.sampled_from([0, 0, 3, 30])),
+        "chunk": draw(st.sampled_from([0, 0, 1, 7, 16])),
+        "prefix": draw(st.sampled_from([0, 0, 3, 17, 50])),
+        "offset": offset,
+        "empty": draw(st.sampled_from(sorted(EMPTY))),
     }
 
 
@@ -243,8 +266,9 @@ def lightning_indexer_calls(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-PLAIN = {"bias": None, "mask": None, "sinks": None, "softcap": 0.0, "window": 0, "offset": 0}
-"""What turns any call of attention into one that every kernel takes."""
+NO_BAND = {"window": 0, "chunk": 0, "prefix": 0, "offset": 0}
+SIMPLER = ({}, NO_BAND | {"softcap": 0.0, "sinks": None, "documents": None}, {"bias": None})
+"""What turns, one after the other, any call of attention into one that every kernel takes."""
 
 CALLS: dict[str, Callable[[], st.SearchStrategy[dict[str, Any]]]] = {
     "attention": attention_calls,
@@ -253,14 +277,16 @@ CALLS: dict[str, Callable[[], st.SearchStrategy[dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_any_shape_and_any_mix_of_arguments_gives_the_references_result(spec: KernelSpec) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape_and_any_mix_of_arguments_gives_the_references_result(spec: KernelSpec, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(arguments=CALLS[spec.op](), tiny=st.booleans())
     def holds(arguments: dict[str, Any], tiny: bool) -> None:
         torch.manual_seed(0)
-        if not takes(spec, arguments):
-            arguments = arguments | PLAIN | {"v": arguments["k"].flip(2)}
+        for simpler in SIMPLER if spec.op == "attention" else ():
+            if not takes(spec, arguments):
+                arguments = arguments | simpler | {"v": arguments["k"].flip(2)}
         if not takes(spec, arguments):
             return
         with tiny_tiles() if tiny else ExitStack():
@@ -316,7 +342,7 @@ def test_only_the_gradients_that_are_needed_are_computed(spec: KernelSpec) -> No
             for name in names:
                 alone = backward(grads, got, frozenset([name]), **arguments)
                 assert set(alone) == {name}
-                torch.testing.assert_close(alone[name], every[name], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(alone[name], every[name], rtol=1e-12, atol=1e-12, equal_nan=True)
             nothing = backward((None,) * len(got), got, frozenset(names), **arguments)
             assert all(not nothing[name].any() for name in names)
 
@@ -370,6 +396,10 @@ def long_calls(length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     qkv = {"q": base["q"], "k": make(1, 1, length, dim), "v": make(1, 1, length, dim), "scale": 0.5}
     yield "kreg.tiled_attention", qkv | {"causal": True, "window": 64}
     yield "kreg.tiled_attention", qkv | {"causal": True}
+    kept = torch.arange(length).expand(1, -1) >= 90
+    yield "kreg.tiled_attention", qkv | {"causal": True, "padding": kept, "empty": "shifted"}
+    yield "kreg.tiled_attention", qkv | {"documents": torch.arange(length).expand(1, -1) // 100, "window": 64}
+    yield "kreg.tiled_attention", qkv | {"chunk": 100, "prefix": 10}
     index = {"q": make(1, length, heads, dim), "k": compressed, "weights": make(1, length, heads)}
     yield "kreg.tiled_indexer", index | {"scale": 1.0, "topk": 2, "ratio": 4, "scored": True}
 

@@ -36,7 +36,7 @@ def find(context: Context, anchor: Node) -> Site:
         operands["sinks"] = sinks(found, like)
     masked = masking(found, like)
     attributes = {"scale": found.scores.scale, "softcap": found.scores.softcap, **masked.attributes}
-    return Site(OP, anchor, operands | masked.operands, attributes, (output(found),), masked.mask)
+    return Site(OP, anchor, operands | masked.operands, attributes, (output(found),), masked.mask, masked.claims)
 
 
 def tempered(found: Attention, q: Operand, like: list[Extent]) -> Operand:

@@ -19,6 +19,8 @@ from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.site import Refused
 
+ORDER, CHOICE = "the order", "the choice among those not ready"
+
 CHOICES = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Scalar})
 
 
@@ -45,8 +47,16 @@ def member(condition: Expr) -> Member | None:
     (only,) = found
     if any(condition.variable in i.variables for i in (*only.element.index[:-1], only.place)):
         return None
-    implied = n.Apply("le0", (n.neg(only.element),))  # element >= 0 follows from element == place
-    return only if all(other == implied for other in others) else None
+    return only if all(_follows(other, only) for other in others) else None
+
+
+def _follows(condition: Expr, found: Member) -> bool:
+    """Whether a bound on the element follows from its being the place, as ``element >= 0`` does."""
+    match condition:
+        case n.Apply("le0", (bound,)):
+            c = n.parts(bound)[0].get(found.element, 0)
+            return n.le0(n.add(bound, n.mul(n.Const(c), n.sub(found.place, found.element)))) == n.TRUE
+    return False
 
 
 def _equal(condition: Expr, slot: n.Var) -> Member | None:
@@ -122,13 +132,15 @@ def shows_sets_only(lifter: Lifter, picked: Node, ready: Readiness | None) -> No
             if user not in reached:
                 reached.add(user)
                 pending.append(user)
-    seen, pending = {picked}, [picked]
+    shown = {picked: ORDER}
+    pending = [picked]
     while pending:
-        for user in users(pending.pop()):
-            if user in seen or _is_number(user):
+        node = pending.pop()
+        for user in users(node):
+            if user in shown or _is_number(user):
                 continue
-            seen.add(user)
-            what = _is_settled(lifter, user, picked, reached, ready) if is_tensor(user) else "the order"
+            what = _shown(lifter, user, picked, reached, ready) if is_tensor(user) else ORDER
+            shown[user] = what = what and (shown[node] if what == ORDER else what)
             if what and (user.op == "output" or not is_light(user)):
                 raise Refused(f"{what} of the selected places matters to {user.name}", user)
             if what:
@@ -146,7 +158,7 @@ def _is_settled(lifter: Lifter, node: Node, picked: Node, reached: Collection[No
     e = lifter.element(node, index)
     members: list[Member] = []
     if not _collect(e, picked, reached, members):
-        return "the order"
+        return ORDER
     if ready is None or not members:
         return ""
     for found in members:
@@ -154,9 +166,9 @@ def _is_settled(lifter: Lifter, node: Node, picked: Node, reached: Collection[No
             members[0].element.index[:-1],
             members[0].place,
         ):
-            return "the choice among those not ready"
+            return CHOICE
     late = without(e, n.conjuncts(ready(members[0].element, members[0].place)))
-    return "the choice among those not ready" if any(_reads(part, reached) for part in late.walk()) else ""
+    return CHOICE if any(_reads(part, reached) for part in late.walk()) else ""
 
 
 def _collect(e: Expr, picked: Node, reached: Collection[Node], members: list[Member]) -> bool:
@@ -166,6 +178,8 @@ def _collect(e: Expr, picked: Node, reached: Collection[Node], members: list[Mem
     if isinstance(e, n.Reduce) and any(_reads(part, reached) for part in e.walk()):
         found = member(e)
         if found is None or found.element.node is not picked or any(_reads(p, reached) for p in found.place.walk()):
+            return False
+        if e.variable.size != shape_of(picked)[-1]:  # the first few of them
             return False
         members.append(found)
         return True

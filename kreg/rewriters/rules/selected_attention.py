@@ -5,6 +5,7 @@ Whoever made the indices: a key counts if it is named, however often, and no mas
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_attention
 from kreg.rewriters.arrange import Group, arrange
-from kreg.rewriters.graph import dtype_of
+from kreg.rewriters.graph import aten, dtype_of, is_tensor, shape_of
+from kreg.rewriters.lift import Lifter
+from kreg.rewriters.lift_ops import CONTRACTIONS
 from kreg.rewriters.masking import masking
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.roles import Roles
@@ -25,14 +28,20 @@ from kreg.rewriters.rules.padding import padding
 from kreg.rewriters.rules.picks import Member, member
 from kreg.rewriters.rules.rule import Context, Rule
 from kreg.rewriters.site import Mask, Operand, Refused, Site
-from kreg.rewriters.softmax import read
+from kreg.rewriters.softmax import Attention, read
 
 OP: Op = SELECTED_ATTENTION
+
+WRITES = frozenset({aten.scatter.value, aten.scatter.src, aten.scatter_add.default})
+"""What makes a mask out of indices."""
+
+DEEPEST = 12
+"""Steps from a softmax to what its mask is written by, and from there to the indices."""
 
 
 def find(context: Context, anchor: Node) -> Site:
     """The attention around a softmax, where its mask is a selection."""
-    found = read(context.lifter, anchor)
+    found = _read(context.lifter, anchor)
     roles, result, like = found.roles, dtype_of(found.output), extents(found)
     selection, block, structure = _selected(found.scores.keep, roles, anchor)
     if found.scores.biases:
@@ -59,7 +68,7 @@ def find(context: Context, anchor: Node) -> Site:
         operands["sinks"] = sinks(found, like)
     if structure.padding:
         keys = (roles.batch, (roles.key,))
-        operands["padding"] = padding(context.lifter, structure.padding, keys, "padding", like)
+        operands["padding"] = padding(found.lifter, structure.padding, keys, "padding", like)
     attributes = {
         "scale": found.scores.scale,
         "softcap": found.scores.softcap,
@@ -72,6 +81,42 @@ def find(context: Context, anchor: Node) -> Site:
     producer = context.producers.get(selection.element.node)
     by = "input" if producer is None else producer.op.name
     return Site(OP, anchor, operands, attributes, (output(found),), _mask(structure, block, by))
+
+
+def _read(lifter: Lifter, anchor: Node) -> Attention:
+    """The attention; where its indices are computed in many steps, with one of these steps for the indices."""
+    found = read(lifter, anchor)
+    refusal: Refused | None = None
+    for indices in (None, *_written(anchor)):
+        attention = found if indices is None else read(Lifter({*lifter.opaque, indices}), anchor)
+        try:
+            _selected(attention.scores.keep, attention.roles, anchor)
+            return attention
+        except Refused as refused:
+            refusal = refusal or refused
+    assert refusal is not None
+    raise refusal
+
+
+def _written(anchor: Node) -> Iterator[Node]:
+    """Integers that name where a mask is written, and those they are computed from one by one, nearest first."""
+    pending = [(source, DEEPEST) for source in anchor.all_input_nodes]
+    seen: set[Node] = set()
+    while pending:
+        node, depth = pending.pop(0)
+        if node in seen or depth == 0 or node.target in CONTRACTIONS or not is_tensor(node):
+            continue
+        seen.add(node)
+        if node.target in WRITES:
+            step: Node | None = node.args[2]  # type: ignore[assignment]
+            for _ in range(DEEPEST):
+                sources = [i for i in step.all_input_nodes if is_tensor(i) and not dtype_of(i).is_floating_point]
+                yield step
+                step = sources[0] if sources and shape_of(sources[0]) == shape_of(step) else None
+                if step is None:
+                    break
+            return
+        pending.extend((source, depth - 1) for source in node.all_input_nodes)
 
 
 def _selected(keep: Expr, roles: Roles, anchor: Node) -> tuple[Member, int, masks.Structure]:

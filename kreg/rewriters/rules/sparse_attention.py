@@ -19,6 +19,7 @@ from kreg.rewriters.anchors import is_attention
 from kreg.rewriters.arrange import arrange, bind
 from kreg.rewriters.graph import aten, dtype_of, shape_of
 from kreg.rewriters.lift import Index
+from kreg.rewriters.masking import claims
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.rules.attention import extents, output, sinks
 from kreg.rewriters.rules.rule import Context, Rule
@@ -82,7 +83,8 @@ def find(context: Context, anchor: Node) -> Site:
         kind, facts["padding"] = f"{kind}+padding", "input"
     if found.sinks is not None:
         operands["sinks"] = sinks(found, extents(found))
-    return Site(OP, anchor, operands, attributes, (output(found),), Mask(kind, facts))
+    held = claims(found, found.scores.masks, extents(found))
+    return Site(OP, anchor, operands, attributes, (output(found),), Mask(kind, facts), held)
 
 
 def _all_of(queries: n.Sized, offset: int, anchor: Node) -> int:
@@ -137,6 +139,8 @@ def _selection(context: Context, found: Attention, seen: masks.Structure) -> tup
     if producer is None or producer.op is not LIGHTNING_INDEXER:
         raise Refused("the selected entries are not proven to be distinct: no indexer was raised", selected.node)
     by = producer.attributes
+    if not by.get("sentinel", True):
+        raise Refused("picks that are not ready are not marked by -1", selected.node)
     if seen.ratio and (seen.ratio, seen.offset) != (by["ratio"], by["offset"]):
         raise Refused("entries are selected by another block ratio than they are masked by", selected.node)
     place = selected.index[-1]
