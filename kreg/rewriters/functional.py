@@ -10,7 +10,7 @@ import torch
 from torch._functorch.aot_autograd import aot_export_module
 from torch.fx import GraphModule, Node
 
-from kreg.rewriters.graph import aten
+from kreg.rewriters.graph import STORED, aten
 
 
 def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any]:
@@ -66,7 +66,7 @@ def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
         floating = _carries_gradient(node.meta.get("val"))
         if node.op == "placeholder":
             trains = bool(getattr(next(given, None), "requires_grad", False))
-            could[node] = floating
+            could[node] = floating and STORED not in node.meta
         elif node.target is torch._C._set_grad_enabled:
             enabled, trains = node.args[0], False
             could[node] = False

@@ -12,7 +12,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kreg.registry.ops import ATTENTION, SPARSE_ATTENTION
 from kreg.registry.ops.attention import band, documents_of_queries
 from kreg.registry.ops.sparse_attention import ready, selection
-from kreg.rewriters.graph import STORED, is_tensor, sized
+from kreg.rewriters.graph import STORED, aten, is_tensor, sized
 from kreg.rewriters.masks import NEGLIGIBLE
 from kreg.rewriters.site import Claim, Extent, Operand, Site
 
@@ -42,8 +43,15 @@ STRETCHED = 2**25
 CHEAP = 2**20
 """Up to so many elements each kind of drawn input is tried."""
 
-TRIES = 200
-"""Random choices of sizes until one fits the graph's guards."""
+SMALL = (5, 7, 9, 11, 13, 6, 8, 10)
+ROUND = (24, 32, 48, 64, 80, 96, 128, 256, 384)
+"""Sizes to choose from; round ones where a graph asks for multiples of something."""
+
+TRIES = 150
+"""Random choices of sizes, until one fits the graph's guards."""
+
+TO_CHOOSE_FROM = 6
+"""Of so many that fit, the smallest is taken."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ class _Task:
         names = {node: f"%{i}" for i, node in enumerate(self.order)}
 
         def named(argument: Any) -> Any:
-            return str(map_arg(argument, lambda n: names[n]))
+            return str(map_arg(argument, lambda n: names.get(n) or _shape(n)))
 
         def part(argument: Any) -> Any:
             if isinstance(argument, Operand):
@@ -219,12 +227,14 @@ class _Task:
                 return sized(argument.node.meta["val"].shape[argument.dim])
             return [part(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
-        code = []
+        code: list[tuple[str, str]] = []
         for node in self.order:
             if node in self.drawn:
                 code.append((self.drawn[node], _shape(node)))
+            elif not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+                code.append(("size", _shape(node)))
             elif node.op == "call_function":
-                code.append((str(node.target), named(node.args), named(node.kwargs)))
+                code.append((str(node.target), named((node.args, node.kwargs))))
             else:
                 code.append((node.op, node.name))
         told = {n: _shape(v) if isinstance(v, Node) else v for n, v in self.site.attributes.items() if n in TOLD}
@@ -276,11 +286,13 @@ class _Task:
         environment = found[0].node.shape_env
         symbols = _Symbols(environment, set().union(*(s.node.expr.free_symbols for s in found)))
         steps = [self.site.attributes.get(name) for name in ("window", "chunk", "prefix", "offset", "ratio")]
-        reach = 3 + sum(2 * abs(step) for step in steps if isinstance(step, int))
+        reach = 3 + sum(abs(step) for step in steps if isinstance(step, int))
         yield [symbols.hints]
-        yield filter(self._agrees, symbols.near(3, 13, odd=True))
+        small = list(islice(filter(self._agrees, symbols.choices()), TO_CHOOSE_FROM))
+        yield sorted(small, key=self._largest)
         for symbol, hint in symbols.hints.items():
-            beyond = chain.from_iterable(symbols.near(3, 13, fixed=(symbol, far)) for far in (reach, 2 * hint + 1))
+            past = [place for far in (2 * reach, reach, 2 * hint + 1) for place in (far, -(-far // 128) * 128)]
+            beyond = chain.from_iterable(symbols.choices({symbol: place}) for place in past)
             yield (sizes for sizes in beyond if self._agrees(sizes) and self._largest(sizes) <= STRETCHED)
 
     def _agrees(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
@@ -293,9 +305,9 @@ class _Task:
 
     def _largest(self, sizes: Mapping[sympy.Symbol, int]) -> int:
         """Elements of the largest tensor on the way, the comparison's among them."""
-        made = [math.prod(_numbers(node.meta["val"].shape, sizes)) for node in self.order if is_tensor(node)]
+        made: list[int] = [math.prod(_numbers(node.meta["val"].shape, sizes)) for node in self.order if is_tensor(node)]
         dims = self._dims(sizes)
-        return max(*made, dims["batch"] * dims["queries"] * dims["keys"])
+        return max([*made, dims["batch"] * dims["queries"] * dims["keys"]])
 
     def _dims(self, sizes: Mapping[sympy.Symbol, int]) -> dict[str, int]:
         dims: dict[str, int] = self.site.op.dims(self._shapes(sizes))
@@ -347,7 +359,7 @@ class _Task:
     ) -> dict[Node, Any]:
         """The values of the nodes that are read, the others freed as soon as they are used up."""
         generator = torch.Generator().manual_seed(kind)
-        waiting = Counter(source for node in self.order if node not in self.drawn for source in node.all_input_nodes)
+        waiting = Counter(source for node in self.order if node not in self.drawn for source in _sources(node))
         values: dict[Node, Any] = {}
         drawn = 0
         for node in self.order:
@@ -362,7 +374,7 @@ class _Task:
                 drawn += 1
             else:
                 values[node] = self._value(node, values, sizes)
-            for source in node.all_input_nodes if node not in self.drawn else ():
+            for source in _sources(node) if node not in self.drawn else ():
                 waiting[source] -= 1
                 if not waiting[source] and source not in self.read:
                     del values[source]
@@ -375,7 +387,7 @@ class _Task:
             return _attribute(self.module, node).detach().to(CPU)
         if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
             return self._number(node, sizes)
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n] if n in values else _hollow(n, sizes))
         args, kwargs = tree_map(lambda a: CPU if isinstance(a, torch.device) else a, (args, kwargs))
         try:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -436,8 +448,42 @@ def _in_order(wanted: Sequence[Node], stops: Mapping[Node, str]) -> list[Node]:
         entered.add(node)
         if len(entered) > NODES:
             raise NotRun(f"the mask is computed by more than {NODES} nodes")
-        pending.extend(source for source in reversed(node.all_input_nodes) if source not in order)
+        pending.extend(source for source in reversed(_sources(node)) if source not in order)
     return list(order)
+
+
+LIKE = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 0,
+    aten.full_like.default: 0,
+    aten.empty_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 0,
+    aten.new_full.default: 0,
+    aten.new_empty.default: 0,
+    aten.expand_as.default: 1,
+    aten.view_as.default: 1,
+    aten.type_as.default: 1,
+    aten.to.other: 1,
+}
+"""Operators with an argument of which the shape or the dtype is taken, not the value; and which one."""
+
+
+def _sources(node: Node) -> list[Node]:
+    """The nodes whose values a node is computed from; sizes are known without their tensors."""
+    if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+        return []
+    if node.target not in LIKE:
+        return node.all_input_nodes
+    like = node.args[LIKE[node.target]]
+    rest = [argument for argument in tree_leaves((node.args, node.kwargs)) if argument is not like]
+    return list(dict.fromkeys(argument for argument in rest if isinstance(argument, Node)))
+
+
+def _hollow(node: Node, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """A stand-in for a value of which only shape and dtype are asked."""
+    value = node.meta["val"]
+    return torch.zeros((), dtype=value.dtype).expand(_numbers(value.shape, sizes))
 
 
 def _values_of(operand: Operand) -> Iterator[Node]:
@@ -505,7 +551,7 @@ def _numbers(values: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> tuple[
     numbers: list[Any] = []
     for value in values:
         if isinstance(value, torch.SymInt):
-            numbers.append(int(value.node.expr.xreplace(sizes)))
+            numbers.append(int(value.node.expr.xreplace(dict(sizes))))
         elif isinstance(value, (torch.SymFloat, torch.SymBool)):
             numbers.append(value.node.expr.xreplace(sizes))
         else:
@@ -526,16 +572,20 @@ class _Symbols:
         self.ranges = {s: environment.var_to_range[s] for s in self.hints}
         self.guards = guards
 
-    def near(
-        self, low: int, high: int, *, odd: bool = False, fixed: tuple[sympy.Symbol, int] | None = None
-    ) -> Iterator[dict[sympy.Symbol, int]]:
-        """Choices of numbers between two, odd ones first; few different ones, for many sizes have to be equal."""
-        generator = random.Random(low + high)
+    def choices(self, fixed: Mapping[sympy.Symbol, int] = MappingProxyType({})) -> Iterator[dict[sympy.Symbol, int]]:
+        """Choices of numbers, small ones first: all different, then few different ones, for some have to be equal."""
+        generator = random.Random(0)
+        free = {s: hint for s, hint in self.hints.items() if s not in fixed}
         for attempt in range(TRIES):
-            step = 2 if odd and attempt < TRIES // 2 else 1
-            pool = [generator.randrange(low, high, step) for _ in range(2)]
-            pool = [pool[0], fixed[1]] if fixed else pool
-            sizes = {s: generator.choice(pool) for s in self.hints} | (dict([fixed]) if fixed else {})
+            if attempt < TRIES // 3 and len(free) <= len(SMALL):
+                sizes = dict(zip(free, generator.sample(SMALL, k=len(free)), strict=True))
+            elif attempt < 2 * TRIES // 3:
+                pool = [generator.choice(SMALL), *fixed.values()]
+                sizes = {s: generator.choice(pool) for s in free}
+            else:
+                pool = [generator.choice(SMALL), generator.choice(ROUND), *fixed.values()]
+                sizes = {s: generator.choice((*pool, hint, 2 * hint)) for s, hint in free.items()}
+            sizes |= fixed
             if self._fits(sizes):
                 yield sizes
 

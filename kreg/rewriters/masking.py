@@ -49,21 +49,17 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     Raises:
         Refused: a term that no argument can express.
     """
-    terms, biases = found.scores.masks, found.scores.biases
-    structure = _read(found, terms)
-    empty = _empty(found, terms, biases, structure)
-    added: tuple[MaskTerm, ...] = ()
+    scores = found.scores
+    empty = _empty(found, scores.masks, scores.biases, _read(found, scores.masks))
     if empty is None:
-        added = tuple(t for t in terms if t.added and t.value != INFINITE)
-        terms = tuple(t for t in terms if t not in added)
-        structure = _read(found, terms)
-        empty = _empty(found, terms, (*biases, *(Bias(t.expression, 1.0, t.depth) for t in added)), structure)
+        scores = found.whole()
+        empty = _empty(found, scores.masks, scores.biases, _read(found, scores.masks))
     if empty is None:
         raise Refused("a query may have no keys, and what the model gives then is not one thing", found.anchor)
+    terms, biases, structure = scores.masks, scores.biases, _read(found, scores.masks)
     operands: dict[str, Operand] = {}
-    summands = [*((b.expression, b.factor) for b in biases), *((t.expression, 1.0) for t in added)]
-    if summands:
-        operands["bias"] = _sum(found, summands, like)
+    if biases:
+        operands["bias"] = _sum(found, biases, like)
     structure, inputs = _inputs(found, terms, structure, like)
     operands |= inputs
     attributes = {
@@ -98,7 +94,8 @@ def _empty(
         # beside a bias that may itself mask, a finite mask does not say which keys are left
         if soft and not moderate and found.sinks is None:
             return None
-        return "zero" if moderate or found.sinks is not None or found.zeroed in ("infinite", "always") else "nan"
+        undefined = biases and found.sinks is None and found.zeroed in ("never", "undefined")
+        return "nan" if undefined else "zero"  # a bias may be -inf for every key
     if found.zeroed == "always":
         return "zero"
     if found.zeroed == "undefined":
@@ -140,13 +137,13 @@ def _is_small(node: Node) -> bool:
     return True
 
 
-def _sum(found: Attention, summands: Sequence[tuple[Expr, float]], like: Sequence[Extent]) -> Operand:
+def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Operand:
     """The biases as one tensor."""
     total: Operand | None = None
-    for expression, factor in summands:
-        part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
-        if factor != 1.0:
-            part = part.then(aten.mul.Scalar, factor)
+    for bias in biases:
+        part = bind(found.lifter, bias.expression, found.roles.of_scores, "bias", like)
+        if bias.factor != 1.0:
+            part = part.then(aten.mul.Scalar, bias.factor)
         total = part if total is None else total.then(aten.add.Tensor, part)
     assert total is not None
     return total

@@ -282,6 +282,7 @@ def add(a: Expr, b: Expr) -> Expr:
         a = indicator(a)
     if is_boolean(b):
         b = indicator(b)
+    a, b = _whole(a, b), _whole(b, a)
     if is_integral(a) and is_integral(b):
         for x, y in ((a, b), (b, a)):
             if isinstance(x, Apply) and x.function == "where":
@@ -300,6 +301,13 @@ def add(a: Expr, b: Expr) -> Expr:
         if isinstance(x, Const) and is_choice(y):
             return choose(y, lambda branch, x=x: add(x, branch))  # type: ignore[misc]
     return Apply("add", (*_flat("add", a), *_flat("add", b)))
+
+
+def _whole(a: Expr, b: Expr) -> Expr:
+    """A float that is a small integer, beside an integer, as that integer: their sum is exact either way."""
+    if isinstance(a, Const) and isinstance(a.value, float) and a.value.is_integer() and abs(a.value) < 2**24:
+        return Const(int(a.value)) if is_integral(b) and not isinstance(b, Const) else a
+    return a
 
 
 def _flat(function: str, e: Expr) -> tuple[Expr, ...]:

@@ -17,6 +17,7 @@ from kreg.rewriters.facts import facts_of, op_nodes, site_id
 from kreg.rewriters.find import Findings, find
 from kreg.rewriters.lowering import kernel_name, lower
 from kreg.rewriters.raising import Raised, raise_sites
+from kreg.rewriters.repeats import Repeats
 from kreg.rewriters.report import Alternative, NearMissReport, Report, Seconds, SiteReport
 from kreg.rewriters.site import Site
 
@@ -118,7 +119,15 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
     return Rewritten(lowered, report)
 
 
-Outcomes = dict[str, verification.Outcome]
+@dataclass(frozen=True)
+class Verified:
+    """The outcome of a site's verification, and the id of the site that was run: the first of those that are equal."""
+
+    outcome: verification.Outcome
+    at: str
+
+
+Outcomes = dict[str, Verified]
 
 
 def _verify(
@@ -129,18 +138,23 @@ def _verify(
     settings: Settings,
     clock: Clock,
 ) -> Outcomes:
-    """Repeated sites that differ in nothing but their layer are run once each all the same: they are cheap."""
+    """Each site old against new; of sites that are the same code, as in repeated layers, the first for all."""
     if not settings.verify or settings.dry_run:
         return {}
     outcomes: Outcomes = {}
+    repeats = Repeats()
     with clock.stage("verify"):
         for site in findings.sites:
             choice = plan.choices.get(site.id)
             if choice is None or (choice.kernel is None and not settings.portable):
                 continue
-            settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
-            kernel = "" if settings.portable else kernel_name(choice)
-            outcomes[site.id] = verification.verify(module, site, kernel, facts[site.id].trainable)
+            kernel, trains = "" if settings.portable else kernel_name(choice), facts[site.id].trainable
+            first = repeats.first(site, kernel, trains)
+            if first is site:
+                settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
+                outcomes[site.id] = Verified(verification.verify(module, site, kernel, trains), site.id)
+            else:
+                outcomes[site.id] = outcomes[first.id]
     return outcomes
 
 
@@ -148,8 +162,8 @@ def _holds(site: Site, plan: Plan, outcomes: Outcomes, settings: Settings) -> bo
     choice = plan.choices.get(site.id)
     if choice is None or (choice.kernel is None and not settings.portable):
         return False
-    outcome = outcomes.get(site.id)
-    return outcome is None or outcome.result is None or outcome.result.passed
+    verified = outcomes.get(site.id)
+    return verified is None or verified.outcome.result is None or verified.outcome.result.passed
 
 
 def _site_report(
@@ -162,7 +176,8 @@ def _site_report(
     settings: Settings,
 ) -> SiteReport:
     choice = plan.choices.get(site.id)
-    outcome = outcomes.get(site.id)
+    verified = outcomes.get(site.id)
+    outcome = verified.outcome if verified else None
     replaced = _holds(site, plan, outcomes, settings)
     reason = "" if choice is None else choice.reason
     kernel = choice.kernel.name if choice is not None and choice.kernel is not None else None
@@ -183,6 +198,7 @@ def _site_report(
         dtype=str(site.dtype).removeprefix("torch."),
         trainable=facts.trainable if facts else False,
         verify=outcome.result if outcome else None,
+        verified_at=verified.at if verified and verified.outcome.result else None,
         alternatives=tuple(
             Alternative(kernel=r.kernel, rejected=r.reason) for r in (choice.rejected if choice else ())
         ),

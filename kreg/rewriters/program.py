@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes, site_id
-from kreg.rewriters.functional import drop_idle_switches, functionalize
+from kreg.rewriters.functional import drop_idle_switches, functionalize, trace_gradients
 from kreg.rewriters.graph import FIXED, NOTE, STORED, WRITTEN
 from kreg.rewriters.report import Report
 from kreg.version import __version__
@@ -58,8 +58,9 @@ def functional(program: ExportedProgram) -> Functional:
     check_format(program)
     _unify_sizes(program)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["val"] for node in placeholders]
     with torch.enable_grad():
-        module, signature = functionalize(program.graph_module, [node.meta["val"] for node in placeholders])
+        module, signature = functionalize(program.graph_module, values)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for new, old in zip(inputs, placeholders, strict=True):
         new.name = new.target = old.name
@@ -72,6 +73,8 @@ def functional(program: ExportedProgram) -> Functional:
             inputs[position].meta[WRITTEN] = True
         elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
             inputs[position].meta |= _stored(program, spec)
+    with torch.enable_grad():
+        trace_gradients(module, values)  # again, now that stored tensors are known
     mutated = [specs[signature.user_inputs.index(target)] for target in signature.user_inputs_to_mutate.values()]
     outputs = _output_specs(program, module, mutated)
     return Functional(program, module, ExportGraphSignature(list(specs), outputs))

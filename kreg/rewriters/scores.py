@@ -42,7 +42,9 @@ class MaskTerm:
     @property
     def levels(self) -> tuple[float, ...]:
         """The values that an additive mask holds."""
-        return tuple(sorted({float(part.value) for part in _constants(self.expression)})) if self.added else ()
+        if not self.added or self.expression == self.keep:
+            return ()
+        return tuple(sorted({float(part.value) for part in _constants(self.expression)}))
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,23 @@ class _Terms:
     cores: list[tuple[Expr, float, int]] = field(default_factory=list)
     floored: bool = False
     gates: list[Expr] = field(default_factory=list)
+    whole: bool = False  # leave what is added as it is
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
         if isinstance(e, n.Apply) and e.function == "add" and self._is_worth_splitting(e):
             for part in self._parts(e):
                 self.collect(part, factor, depth)
             return
-        if self.key.variables and not self.key.variables & e.variables and not isinstance(e, n.Const):
-            self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
+        if self.whole and not has_product(e):
+            self.biases.append(Bias(e, factor, depth))
             return
         keep = keep_of(e if factor == 1.0 else n.mul(n.Const(factor), e))
         if keep is not None:
             if keep != n.TRUE:
                 self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
+            return
+        if self.key.variables and not self.key.variables & e.variables:
+            self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
             return
         match e:
             case n.Apply("mul", factors) if has_product(e) and any(gate(f) is not None for f in factors):
@@ -159,7 +165,8 @@ class _Terms:
         for part in e.arguments:
             constant = isinstance(part, n.Const)
             shared = bool(self.key.variables) and not self.key.variables & part.variables
-            if not constant and (has_product(part) or shared or keep_of(part) is not None):
+            is_mask = not self.whole and keep_of(part) is not None
+            if not constant and (has_product(part) or shared or is_mask):
                 apart.append(part)
             else:
                 together = n.add(together, part)
@@ -183,7 +190,9 @@ class _Terms:
         self.collect(x, factor, depth + 1)
 
 
-def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to: Scores | None = None) -> Scores:
+def take_apart(
+    logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to: Scores | None = None, whole: bool = False
+) -> Scores:
     """Takes the logit of key ``at`` apart.
 
     Args:
@@ -192,11 +201,12 @@ def take_apart(logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to
         result: the dtype that weights are rounded to in the end; rounding to it on the way is no loss.
         node: what to name in refusals.
         added_to: the scores that the logits are added to, where the product is no part of them.
+        whole: read nothing into what is added, so that every term but fills is a bias.
 
     Raises:
         Refused: the logits are not of the form above.
     """
-    terms = _Terms(at, result, node)
+    terms = _Terms(at, result, node, whole=whole)
     terms.collect(logits, 1.0, 0)
     if added_to is not None:
         terms.biases.extend(Bias(*core) for core in terms.cores)

@@ -70,7 +70,13 @@ def read_sdpa(lifter: Lifter, node: Node, index: Index) -> Fused:
     return Fused(v_load, key, scores, factor)
 
 
-def _masked(lifter: Lifter, node: Node, index: Index, scores: Scores) -> Scores:
+def whole_sdpa(lifter: Lifter, node: Node, index: Index, scores: Scores) -> Scores:
+    """The scores with a mask that is added left as the tensor it is."""
+    plain = replace(scores, masks=(), biases=(), shift=())
+    return _masked(lifter, node, (*index[:-1], Var("t", shape_of(node.args[1])[-2])), plain, whole=True)  # type: ignore[arg-type]
+
+
+def _masked(lifter: Lifter, node: Node, index: Index, scores: Scores, whole: bool = False) -> Scores:
     mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
     if causal:
         keep = n.le0(n.sub(index[-1], index[-2]))  # from the top left, whatever the lengths
@@ -82,4 +88,4 @@ def _masked(lifter: Lifter, node: Node, index: Index, scores: Scores) -> Scores:
         keep = n.truth(element)
         terms = () if keep == n.TRUE else (MaskTerm(keep, keep, INFINITE, added=False, depth=0),)
         return replace(scores, masks=terms)
-    return take_apart(element, index[-1], dtype_of(node), node, added_to=scores)
+    return take_apart(element, index[-1], dtype_of(node), node, added_to=scores, whole=whole)

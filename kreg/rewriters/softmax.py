@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE
 from kreg.rewriters.notation import Expr, Var
 from kreg.rewriters.roles import Roles, assign
 from kreg.rewriters.scores import Scores, factors_of, sum_over, summands, take_apart
-from kreg.rewriters.sdpa import read_sdpa
+from kreg.rewriters.sdpa import read_sdpa, whole_sdpa
 from kreg.rewriters.site import Refused
 
 Zeroed = Literal["never", "infinite", "always", "undefined"]
@@ -41,6 +42,7 @@ class Attention:
         v: element of the values; q and k are in ``scores.product``.
         scores: the logits taken apart.
         scores_at: the logits of another key than ``roles.key``.
+        whole: the logits taken apart no further than the terms that the model adds.
         sinks: the logit without a value, or None.
         factor: a constant on the result.
         zeroed: what the graph gives for a query without keys: 0 "always", 0 where masks are "infinite", no number
@@ -55,6 +57,7 @@ class Attention:
     v: n.Load
     scores: Scores
     scores_at: Callable[[Expr], Scores]
+    whole: Callable[[], Scores]
     sinks: Expr | None
     factor: float
     zeroed: Zeroed
@@ -156,9 +159,12 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
     if any(key in i.variables for d, i in enumerate(weights.index) if d != dim):
         raise Refused("the weights are a diagonal", softmax)
 
-    def scores_at(at: Expr) -> Scores:
+    def scores_at(at: Expr, whole: bool = False) -> Scores:
         place = tuple(n.substitute(i, {key: at}) for i in weights.index)
-        return take_apart(lifter.element(source, place), at, dtype_of(output), softmax)
+        return take_apart(lifter.element(source, place), at, dtype_of(output), softmax, whole=whole)
+
+    def whole() -> Scores:
+        return scores_at(key, whole=True)
 
     scores = scores_at(key)
     if condition is not None and condition != scores.keep:
@@ -166,15 +172,16 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
     sinks = _sink(lifter, softmax, weights, key, scores)
     roles = assign(index, weights.index, key, scores, v, sinks, output)
     zeroed: Zeroed = "always" if condition is not None else "never" if is_stable(softmax) else "undefined"
-    return Attention(lifter, softmax, output, index, v, scores, scores_at, sinks, factor, zeroed, roles)
+    return Attention(lifter, softmax, output, index, v, scores, scores_at, whole, sinks, factor, zeroed, roles)
 
 
 def _at_sdpa(lifter: Lifter, node: Node, output: Node, index: Index) -> Attention:
     found = read_sdpa(lifter, node, index)
     scores = found.scores
     roles = assign(index, (*index[:-1], found.key), found.key, scores, found.v, None, node)
+    whole = partial(whole_sdpa, lifter, node, index, scores)
     return Attention(
-        lifter, node, node, index, found.v, scores, lambda _: scores, None, found.factor, "infinite", roles
+        lifter, node, node, index, found.v, scores, lambda _: scores, whole, None, found.factor, "infinite", roles
     )
 
 

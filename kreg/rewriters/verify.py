@@ -322,7 +322,9 @@ def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[flo
         return (0.0 if other is None else float(other.abs().max())), 1.0
     if a.numel() == 0:
         return 0.0, 1.0
-    difference = (a.double() - b).abs()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return math.inf, 1.0
+    difference = (a.double() - b).abs().nan_to_num(nan=0.0)
     return float(difference.max()) if bool(torch.isfinite(difference).all()) else math.inf, _scale(b)
 
 

@@ -36,6 +36,9 @@ class Alternative(_Value):
 class SiteReport(_Value):
     """One site: what it is, what runs it now, and why.
 
+    ``verified_at`` is the id of the site that was run for ``verify``: the site itself, or the first one of the same
+    code. Repeated layers are run once.
+
     ``before`` and ``after`` are the lines of the graph that were replaced and their replacement; they are for
     people and not part of the JSON.
     """
@@ -51,6 +54,7 @@ class SiteReport(_Value):
     dtype: str
     trainable: bool
     verify: Verification | None
+    verified_at: str | None = None
     alternatives: tuple[Alternative, ...] = ()
     nodes_replaced: int = 0
     before: tuple[str, ...] = Field(default=(), exclude=True)

@@ -8,10 +8,9 @@ from torch.fx import Node
 
 from kreg.registry.op import Op
 from kreg.registry.ops import BLOCK_INDEXER
-from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.arrange import arrange
-from kreg.rewriters.graph import aten, argument, is_tensor, shape_of, unpacked
+from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked
 from kreg.rewriters.lift import Index, Lifter, variables
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.rules.picks import is_light, leads_only_to, marked, shows_sets_only

@@ -152,8 +152,8 @@ def _is_number(node: Node) -> bool:
     return node.op == "call_function" and not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list))
 
 
-def _is_settled(lifter: Lifter, node: Node, picked: Node, reached: Collection[Node], ready: Readiness | None) -> str:
-    """What of the picks a node's elements still tell; "" if only which ready entries are among them."""
+def _shown(lifter: Lifter, node: Node, picked: Node, reached: Collection[Node], ready: Readiness | None) -> str:
+    """What of the picks a node's elements still show; "" if only which ready entries are among them."""
     index = tuple(n.Var(f"x{d}", extent) for d, extent in enumerate(shape_of(node)))
     e = lifter.element(node, index)
     members: list[Member] = []
