@@ -9,6 +9,7 @@ and every order that a model may keep them in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.fx import Node
 
@@ -64,9 +65,12 @@ def bind(
         Refused: none does.
     """
     refusal = Refused(f"the {what} has no tensor of its own")
-    for node, index in lifter.origins.get(expression, ()):
+    found = lifter.origins.get(expression, ())
+    for node, index in found:
         try:
-            return arrange(node, index, want, what, full=full, like=like)
+            held = arrange(node, index, want, what, full=full, like=like)
+            same = tuple(o for o, at in found if at == index and o is not node and shape_of(o) == shape_of(node))
+            return replace(held, same=same)
         except Refused as refused:
             refusal = refused
     raise refusal

@@ -153,7 +153,9 @@ def _repeat(node: Node, index: Index) -> Step:
     source = _source(node)
     shape = shape_of(source)
     tail = index[len(index) - len(shape) :]
-    return source, tuple(n.mod(i, n.size(s)) for i, s in zip(tail, shape, strict=True))
+    times = _args(node)[1][len(index) - len(shape) :]
+    steps = zip(tail, shape, times, strict=True)
+    return source, tuple(i if t == 1 else n.mod(i, n.size(s)) for i, s, t in steps)
 
 
 def _getitem(node: Node, index: Index) -> Step | None:

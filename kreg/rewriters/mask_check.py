@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kreg.registry.ops import ATTENTION, SPARSE_ATTENTION
 from kreg.registry.ops.attention import band, documents_of_queries
 from kreg.registry.ops.sparse_attention import ready, selection
-from kreg.rewriters.graph import STORED, aten, is_tensor, sized
+from kreg.rewriters.graph import STORED, aten, is_tensor, shape_of, sized
 from kreg.rewriters.masks import NEGLIGIBLE
 from kreg.rewriters.site import Claim, Extent, Operand, Site
 
@@ -210,6 +210,7 @@ class _Task:
             self.order = _in_order(list(self.read), self.drawn)
         self.draws = any(node in self.drawn or _is_drawn(module, node) for node in self.order)
         self.sized = list(dict.fromkeys(node for o in (*operands, *self.others.values()) for node in o.nodes))
+        self.shapes = {shape_of(node): node.meta["val"].shape for node in self.order if is_tensor(node)}.values()
         self.key = self._key(operands)
 
     def _key(self, operands: Sequence[Operand]) -> Any:
@@ -305,7 +306,7 @@ class _Task:
 
     def _largest(self, sizes: Mapping[sympy.Symbol, int]) -> int:
         """Elements of the largest tensor on the way, the comparison's among them."""
-        made: list[int] = [math.prod(_numbers(node.meta["val"].shape, sizes)) for node in self.order if is_tensor(node)]
+        made: list[int] = [math.prod(_numbers(shape, sizes)) for shape in self.shapes]
         dims = self._dims(sizes)
         return max([*made, dims["batch"] * dims["queries"] * dims["keys"]])
 
@@ -591,7 +592,13 @@ class _Symbols:
 
     def _fits(self, sizes: dict[sympy.Symbol, int]) -> bool:
         inside = all(self.ranges[s].lower <= number <= self.ranges[s].upper for s, number in sizes.items())
-        return inside and all(guard.xreplace(sizes) is not sympy.false for guard in self.guards)
+        if not inside:
+            return False
+        for place, guard in enumerate(self.guards):
+            if guard.xreplace(sizes) is sympy.false:
+                self.guards.insert(0, self.guards.pop(place))  # what failed once is asked first
+                return False
+        return True
 
 
 # ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -70,7 +70,8 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "offset": structure.offset,
         "empty": empty,
     }
-    return Masking(attributes, operands, describe(structure, operands), structure, claims(found, terms, like))
+    masked = "mask" in operands or not all(_is_moderate(b) for b in biases)
+    return Masking(attributes, operands, describe(structure, operands, masked), structure, claims(found, terms, like))
 
 
 def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
@@ -141,9 +142,12 @@ def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Op
     """The biases as one tensor."""
     total: Operand | None = None
     for bias in biases:
-        part = bind(found.lifter, bias.expression, found.roles.of_scores, "bias", like)
-        if bias.factor != 1.0:
-            part = part.then(aten.mul.Scalar, bias.factor)
+        scaled = n.mul(n.Const(bias.factor), bias.expression)
+        whole = bias.expression not in found.lifter.origins and scaled in found.lifter.origins
+        expression, factor = (scaled, 1.0) if whole else (bias.expression, bias.factor)
+        part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
+        if factor != 1.0:
+            part = part.then(aten.mul.Scalar, factor)
         total = part if total is None else total.then(aten.add.Tensor, part)
     assert total is not None
     return total
@@ -249,8 +253,11 @@ def _nearest(found: Attention, wanted: Collection[Node]) -> Iterator[Node]:
         pending.extend(node.all_input_nodes)
 
 
-def describe(structure: masks.Structure, operands: dict[str, Operand]) -> Mask:
-    """The proven structure, for the report: what bounds a query's keys, and what of it is an input."""
+def describe(structure: masks.Structure, operands: dict[str, Operand], masked: bool) -> Mask:
+    """The proven structure, for the report: what bounds a query's keys, and what of it is an input.
+
+    ``masked`` says whether some mask stays a tensor; a bias that masks nothing is an input, but no mask.
+    """
     facts: dict[str, Any] = {
         name: value for name in ("window", "chunk", "prefix", "offset") if (value := getattr(structure, name))
     }
@@ -267,6 +274,6 @@ def describe(structure: masks.Structure, operands: dict[str, Operand]) -> Mask:
     if inputs:
         facts["input"] = inputs
     kinds.extend(name for name in ("documents", "padding") if name in operands)
-    if operands.keys() & {"bias", "mask"}:
+    if masked:
         kinds.append("input")
     return Mask("+".join(kinds) or "full", facts)

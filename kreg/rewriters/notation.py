@@ -204,6 +204,8 @@ def is_integral(e: Expr) -> bool:
         case Apply(function, arguments):
             if function in ("floordiv", "mod", "indicator"):
                 return True
+            if function == "abs":
+                return is_integral(arguments[0])
             return function == "where" and all(is_integral(a) for a in arguments[1:])
         case Reduce(kind, _, body):
             return kind == "sum" and is_integral(body)
@@ -593,6 +595,12 @@ def le0(e: Expr) -> Expr:
     if isinstance(e, Apply) and e.function == "where":
         c, yes, no = e.arguments
         return where(c, le0(yes), le0(no))
+    for atom, c in parts(e)[0].items():  # c * |x| + r <= 0: both signs of x hold, or either where c < 0
+        match atom:
+            case Apply("abs", (x,)):
+                rest = sub(e, mul(Const(c), atom))
+                join = and_ if c > 0 else or_
+                return join(le0(add(mul(Const(c), x), rest)), le0(sub(rest, mul(Const(c), x))))
     high = upper(e)
     if high is not None and never_negative(neg(high)):
         return TRUE

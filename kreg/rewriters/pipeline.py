@@ -20,6 +20,7 @@ from kreg.rewriters.raising import Raised, raise_sites
 from kreg.rewriters.repeats import Repeats
 from kreg.rewriters.report import Alternative, NearMissReport, Report, Seconds, SiteReport
 from kreg.rewriters.site import Site
+from kreg.rewriters.surroundings import surroundings
 
 Progress = Callable[[str], None]
 
@@ -112,7 +113,7 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
         sites=tuple(
             _site_report(site, facts.get(site.id), plan, outcomes, raised, after, settings) for site in findings.sites
         ),
-        near_misses=tuple(NearMissReport(**miss.to_json()) for miss in findings.near_misses),
+        near_misses=tuple(NearMissReport(**miss.to_json(), around=surroundings(miss)) for miss in findings.near_misses),
         seconds=clock.seconds(),
         dry_run=settings.dry_run,
     )

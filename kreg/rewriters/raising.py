@@ -76,7 +76,7 @@ def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node
         outputs = [output.node for output in site.outputs]
         inner = set(upstream(outputs, {node for operand in site.operands.values() for node in operand.nodes}))
         gone = {node for node in inner if node in outputs or copies[node] not in alive}
-        removed[site.id] = tuple(node for node in copies if node in gone and node not in counted)
+        removed[site.id] = tuple(sorted(gone - counted))
         counted |= gone
     return removed
 

@@ -110,6 +110,7 @@ class _Terms:
     cores: list[tuple[Expr, float, int]] = field(default_factory=list)
     floored: bool = False
     gates: list[Expr] = field(default_factory=list)
+    gated: list[tuple[n.Apply, float, int]] = field(default_factory=list)
     whole: bool = False  # leave what is added as it is
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
@@ -130,8 +131,7 @@ class _Terms:
             return
         match e:
             case n.Apply("mul", factors) if has_product(e) and any(gate(f) is not None for f in factors):
-                self.gates.extend(g for f in factors if (g := gate(f)) is not None)
-                self.collect(n.product(tuple(f for f in factors if gate(f) is None)), factor, depth)
+                self.gated.append((e, factor, depth))
                 return
             case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
@@ -157,6 +157,16 @@ class _Terms:
             self.cores.append((e, factor, depth))
         else:
             self.biases.append(Bias(e, factor, depth))
+
+    def settle(self) -> None:
+        """Products that are multiplied by a condition: biases beside another product, else the scores themselves."""
+        if self.cores:
+            self.biases.extend(Bias(*found) for found in self.gated)
+            return
+        gated, self.gated = self.gated, []
+        for e, factor, depth in gated:
+            self.gates.extend(g for f in e.arguments if (g := gate(f)) is not None)
+            self.collect(n.product(tuple(f for f in e.arguments if gate(f) is None)), factor, depth)
 
     def _parts(self, e: n.Apply) -> list[Expr]:
         """The terms of a sum; what is neither product, mask nor shared by all keys stays one term, as it was added."""
@@ -208,6 +218,7 @@ def take_apart(
     """
     terms = _Terms(at, result, node, whole=whole)
     terms.collect(logits, 1.0, 0)
+    terms.settle()
     if added_to is not None:
         terms.biases.extend(Bias(*core) for core in terms.cores)
         return replace(

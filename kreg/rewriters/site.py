@@ -41,12 +41,14 @@ class Extent:
 class Operand:
     """A tensor argument: a node of the captured graph, and how to bring it into the op's layout.
 
-    ``levels`` are the only values that the node's tensor holds, where they are known.
+    ``levels`` are the only values that the node's tensor holds, where they are known; ``same`` are other nodes that
+    hold the same tensor.
     """
 
     node: Node
     calls: Calls = ()
     levels: tuple[float, ...] = ()
+    same: tuple[Node, ...] = ()
 
     def cast(self, dtype: torch.dtype) -> Operand:
         """The same operand in another dtype."""

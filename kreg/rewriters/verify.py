@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kreg.registry.op import normal
+from kreg.rewriters import mask_check
 from kreg.rewriters.graph import STORED, upstream
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
@@ -39,6 +40,8 @@ class Outcome:
 
 def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int = 0) -> Outcome:
     """Runs the captured code of a site against its op with a kernel, forward and, if it trains, backward."""
+    if (masked := mask_check.check(module, site)).passed is False:
+        return Outcome(Verification(passed=False, max_error=math.inf), masked.reason)
     try:
         sizes = Sizes(module.graph, site)
         inner = list(upstream([o.node for o in site.outputs], _stops(site)))
@@ -61,7 +64,8 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
 
 
 def _stops(site: Site) -> set[Node]:
-    return {node for operand in site.operands.values() for node in operand.nodes}
+    parts = [part for operand in site.operands.values() for part in operand.parts]
+    return {node for part in parts for node in (part.node, *part.same)}
 
 
 def _example(environment: Any, symbol: sympy.Symbol) -> int:
@@ -77,8 +81,9 @@ class Sizes:
 
     def __init__(self, graph: Graph, site: Site) -> None:
         self.values: dict[sympy.Symbol, int] = {}
-        relevant = upstream([o.node for o in site.outputs], _stops(site))
-        nodes = {*relevant, *_stops(site), *(v for v in site.attributes.values() if isinstance(v, Node))}
+        stops = _stops(site)
+        relevant = upstream([o.node for o in site.outputs], stops)
+        nodes = {*relevant, *stops, *(v for v in site.attributes.values() if isinstance(v, Node))}
         symints = [s for node in nodes for s in _symints(node.meta.get("val"))]
         if not symints:
             return
@@ -143,6 +148,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             elif part.node not in values:
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
+            values |= {other: values[part.node] for other in part.same}
         drawn[name] = _apply(values, operand)
     for node in inner:
         is_input = node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
@@ -189,13 +195,14 @@ def _old(module: GraphModule, site: Site, inner: list[Node], sizes: Sizes) -> Ru
     graph = Graph()
     copies: dict[Node, Node] = {}
     inputs: list[Node] = []
-    for node in module.graph.nodes:
-        if node in _stops(site) or (node in wanted and node.op in ("placeholder", "get_attr")):
+    stops = _stops(site)
+    for node in sorted(wanted | stops):
+        if node in stops or node.op in ("placeholder", "get_attr"):
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
             copies[node] = graph.placeholder(node.name)
             inputs.append(node)
-        elif node in wanted and not _is_number(node):
+        elif not _is_number(node):
             copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
             copies[node].args = _widened(copies[node].args)
             copies[node].kwargs = _widened(copies[node].kwargs) | _made_in_double(node)

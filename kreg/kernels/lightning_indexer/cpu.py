@@ -37,12 +37,14 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     weights: torch.Tensor,
+    padding: torch.Tensor | None = None,
     *,
     scale: float,
     topk: int,
     ratio: int,
     offset: int = 0,
     scored: bool = False,
+    sentinel: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected entries and their scores; nothing is scored where every ready entry is selected anyway."""
     acc = accumulation_dtype(q.dtype)
@@ -56,20 +58,23 @@ def forward(
         counts = torch.arange(start + offset + 1, stop + offset + 1, device=q.device).unsqueeze(1)
         counts = counts // ratio if ratio else torch.full_like(counts, entries)
         most = ready_count(stop - 1 + offset, entries, ratio)
-        if most <= topk:
-            indices[:, start:stop] = torch.where(order[:topk] < counts.clamp(max=entries), order[:topk], -1)
-            if not scored:
-                continue
+        unready = order >= counts.clamp(max=entries)
         for b in range(batch):
+            late = unready if padding is None else unready[:, :entries] | ~padding[b]
+            if most <= topk:
+                first = order[:topk]
+                indices[b, start:stop] = first.masked_fill(late[:, :topk], -1) if sentinel else first
+                if not scored:
+                    continue
             scores = work.take("scores", stop - start, most)
             scores_into(scores, work, q[b, start:stop], k[b, :most].to(acc), weights[b, start:stop])
-            scores.mul_(scale).masked_fill_(order[:most] >= counts, float("-inf"))
+            scores.mul_(scale).masked_fill_(late[:, :most], float("-inf"))
             if most <= topk:
                 best[b, start:stop, :most] = scores
                 best[b, start:stop, most:] = float("-inf")
                 continue
             values, places = scores.topk(topk, dim=-1, sorted=False)
-            indices[b, start:stop] = places.masked_fill_(values.isneginf(), -1)
+            indices[b, start:stop] = places.masked_fill_(values.isneginf(), -1) if sentinel else places
             if scored:
                 best[b, start:stop] = values
     return indices, best
@@ -83,11 +88,13 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     weights: torch.Tensor,
+    padding: torch.Tensor | None = None,
     scale: float,
     topk: int,
     ratio: int,
     offset: int = 0,
     scored: bool = False,
+    sentinel: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Gradients of the selected scores: ``weights * relu(q . k)`` again, for the selected entries only."""
     acc = accumulation_dtype(q.dtype)
@@ -95,7 +102,7 @@ def backward(
     arguments = {"q": q, "k": k, "weights": weights}
     wanted = {name: value for name, value in arguments.items() if name in needs}
     total = {name: torch.zeros(value.shape, dtype=acc, device=q.device) for name, value in wanted.items()}
-    grad, indices = grads[1], outputs[0]
+    grad, (indices, best) = grads[1], outputs
     work = Workspace(q, acc)
     gather = entries > GATHER_ABOVE * topk
     columns = topk if gather else entries
@@ -109,7 +116,7 @@ def backward(
         for start, stop in spans(0, queries, max(1, size)):
             chosen = indices[b, start:stop]
             by_score = work.take("by score", stop - start, topk).copy_(grad[b, start:stop]).mul_(scale)
-            by_score.masked_fill_(chosen < 0, 0.0)
+            by_score.masked_fill_(best[b, start:stop].isneginf(), 0.0)  # not ready
             if gather:
                 chosen = chosen.clamp(min=0)
                 keys = work.take("keys", chosen.numel(), dim)

@@ -1,4 +1,4 @@
-"""``lightning_indexer``: which compressed entries each query should attend to."""
+"""``lightning_indexer``: which keys, or compressed entries of keys, each query should attend to."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from kreg.registry.ops.attention import accumulation_dtype
 from kreg.registry.ops.sparse_attention import ready
 
 SCHEMA = """(
-    Tensor q, Tensor k, Tensor weights, *, float scale, SymInt topk, int ratio, SymInt offset=0,
-    bool scored=False
+    Tensor q, Tensor k, Tensor weights, Tensor? padding=None, *, float scale, SymInt topk, int ratio,
+    SymInt offset=0, bool scored=False, bool sentinel=True
 ) -> (Tensor indices, Tensor scores)"""
 
 TENSORS = {
     "q": "batch queries index_heads index_dim",
     "k": "batch entries index_dim",
     "weights": "batch queries index_heads",
+    "padding": "batch entries",
 }
 
 
@@ -30,47 +31,57 @@ def all_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: f
     return (products * weights.to(acc).unsqueeze(-1)).sum(dim=2)
 
 
+def masked(scores: torch.Tensor, padding: torch.Tensor | None, *, ratio: int, offset: int, **rest: Any) -> torch.Tensor:
+    """Scores [batch, queries, entries] with -inf where an entry is not ready for a query, or padding."""
+    if ratio:
+        allowed = ready(*scores.shape[1:], ratio=ratio, offset=offset, device=scores.device)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores if padding is None else scores.masked_fill(~padding.unsqueeze(1), float("-inf"))
+
+
 def reference(
     q: torch.Tensor,
     k: torch.Tensor,
     weights: torch.Tensor,
+    padding: torch.Tensor | None = None,
     *,
     scale: float,
     topk: int,
     ratio: int,
     offset: int = 0,
     scored: bool = False,
+    sentinel: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``topk`` best-scored entries among those that are causally ready.
+    """The ``topk`` best-scored entries among those that are ready: causally, and no padding.
 
     Args:
         q: [batch, queries, index_heads, index_dim].
         k: [batch, entries, index_dim], one shared key head.
         weights: [batch, queries, index_heads].
+        padding: bool [batch, entries], True where an entry may be selected.
         scale: factor on the rectified products.
         topk: how many entries to select, at most ``entries``.
         ratio: positions in one entry; readiness as in ``sparse_attention``: entry j is ready for the query at
-            position p when ``(j + 1) * ratio <= p + 1``. 0: every entry is ready.
+            position p when ``(j + 1) * ratio <= p + 1``; 1 is plainly causal. 0: every entry is ready.
         offset: query s stands at position ``s + offset``.
         scored: also return the selected scores.
+        sentinel: what a slot holds that no ready entry is left for: -1, or, where False, any other entry that
+            is in no other slot of the query.
 
     Returns:
         indices int64 [batch, queries, topk]: distinct entries in an order that is not part of the contract,
-        -1 wherever fewer than ``topk`` are ready, at any place; equal scores are broken either way. scores
-        [batch, queries, topk] in the accumulation dtype, -inf beside a -1, differentiable;
+        those that are not ready at any place; equal scores are broken either way. scores
+        [batch, queries, topk] in the accumulation dtype, -inf beside what is not ready, differentiable;
         [batch, queries, 0] unless ``scored``.
     """
-    scores = all_scores(q, k, weights, scale)
-    if ratio:
-        allowed = ready(q.shape[1], k.shape[1], ratio=ratio, offset=offset, device=q.device)
-        scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = masked(all_scores(q, k, weights, scale), padding, ratio=ratio, offset=offset)
     best = scores.topk(topk, dim=-1)
-    indices = torch.where(best.values == float("-inf"), -1, best.indices)
+    indices = best.indices.masked_fill(best.values.isneginf(), -1) if sentinel else best.indices
     return indices, best.values if scored else scores.new_empty(*scores.shape[:2], 0)
 
 
 def fake(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, *, topk: int, scored: bool = False, **rest: Any
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, *more: Any, topk: int, scored: bool = False, **rest: Any
 ) -> tuple[torch.Tensor, ...]:
     """Shapes and dtypes of `reference`."""
     indices = q.new_empty(q.shape[0], q.shape[1], topk, dtype=torch.int64)
@@ -81,8 +92,8 @@ def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], wa
     """How far apart two selections are: the largest difference between their scores, best to worst, relative
     to the largest score (of size 1 at least).
 
-    Selections that differ only among (nearly) equal scores are (nearly) equal. An index twice, out of range,
-    or not ready is an infinite error.
+    Selections that differ only among (nearly) equal scores are (nearly) equal. An index twice or out of range is
+    an infinite error, and so is one that is not ready where it should be -1, or -1 where it should be an entry.
     """
     a, b = got[0], want[0]
     if a.shape != b.shape:
@@ -92,12 +103,8 @@ def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], wa
     scores = all_scores(
         arguments["q"].double(), arguments["k"].double(), arguments["weights"].double(), arguments["scale"]
     )
-    entries = scores.shape[-1]
-    if arguments["ratio"]:
-        allowed = ready(
-            a.shape[1], entries, ratio=arguments["ratio"], offset=arguments.get("offset", 0), device=a.device
-        )
-        scores = scores.masked_fill(~allowed, float("-inf"))
+    entries, sentinel = scores.shape[-1], arguments.get("sentinel", True)
+    scores = masked(scores, arguments.get("padding"), ratio=arguments["ratio"], offset=int(arguments.get("offset", 0)))
     padded = torch.cat([scores, scores.new_full((*scores.shape[:2], 1), float("-inf"))], dim=-1)
 
     def ranked(indices: torch.Tensor) -> torch.Tensor | None:
@@ -108,7 +115,7 @@ def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], wa
         if counts[..., :entries].gt(1).any():
             return None
         values = padded.gather(-1, slots)
-        if (values.isneginf() & (indices >= 0)).any():
+        if bool((values.isneginf() & (indices >= 0)).any() if sentinel else (indices < 0).any()):
             return None
         return values.sort(dim=-1, descending=True).values
 
@@ -143,6 +150,14 @@ def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str
     yield call(1, 3, 2, 8, 2, topk=2, ratio=8)
     yield call(2, 2, 2, 8, 20, topk=5, offset=78)
     yield call(2, 6, 2, 8, 20, topk=5, ratio=0)
+    some = torch.rand(2, 40, generator=generator) < 0.5
+    none = some & torch.tensor([[False], [True]])
+    for sentinel in (True, False):
+        yield call(2, 40, 4, 16, 40, topk=7, ratio=1, sentinel=sentinel)
+        yield call(2, 40, 2, 16, 40, topk=7, ratio=1, padding=some, sentinel=sentinel)
+        yield call(2, 300, 2, 16, 40, topk=40, ratio=0, padding=none, sentinel=sentinel)
+        yield call(2, 300, 2, 16, 40, topk=5, ratio=4, padding=none, sentinel=sentinel, scored=sentinel)
+    yield call(1, 5, 2, 8, 9, topk=3, ratio=1, offset=-3, sentinel=False)
 
 
 def work(dims: Dims, attributes: Arguments) -> tuple[float, float]:
@@ -155,7 +170,7 @@ def work(dims: Dims, attributes: Arguments) -> tuple[float, float]:
 
 LIGHTNING_INDEXER = Op(
     name="lightning_indexer",
-    summary="relu-scored, head-weighted, causal top-k over compressed entries",
+    summary="relu-scored, head-weighted, causal top-k over keys or compressed entries",
     schema=SCHEMA,
     tensors=TENSORS,
     differentiable=("q", "k", "weights"),

@@ -3,6 +3,7 @@
 from kreg.rewriters.report.model import (
     Alternative,
     Calls,
+    NearbyNode,
     NearMissReport,
     Report,
     Seconds,
@@ -10,4 +11,4 @@ from kreg.rewriters.report.model import (
     Verification,
 )
 
-__all__ = ["Alternative", "Calls", "NearMissReport", "Report", "Seconds", "SiteReport", "Verification"]
+__all__ = ["Alternative", "Calls", "NearMissReport", "NearbyNode", "Report", "Seconds", "SiteReport", "Verification"]

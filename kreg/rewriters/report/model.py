@@ -61,13 +61,39 @@ class SiteReport(_Value):
     after: tuple[str, ...] = Field(default=(), exclude=True)
 
 
+class NearbyNode(_Value):
+    """A node around a near miss.
+
+    Attributes:
+        name: of the node.
+        call: what it calls, with its arguments, as people write calls.
+        value: dtype and shape of its result.
+        source: the line of the model that made it, where known.
+        anchor: it is what looked like the op.
+        failed: it is where the obligation failed.
+        read: it is only read there, and computed elsewhere.
+    """
+
+    name: str
+    call: str
+    value: str
+    source: str = ""
+    anchor: bool = False
+    failed: bool = False
+    read: bool = False
+
+
 class NearMissReport(_Value):
-    """Something that looked like an op and is none, with the obligation that failed."""
+    """Something that looked like an op and is none, with the obligation that failed.
+
+    ``around`` are the nodes it stands among; they are for people and not part of the JSON.
+    """
 
     op: str
     module: str
     node: str
     reason: str
+    around: tuple[NearbyNode, ...] = Field(default=(), exclude=True, repr=False)
 
 
 class Seconds(_Value):

@@ -119,7 +119,7 @@ def _selection(lifter: Lifter, picked: Node, keep: Expr, index: tuple[n.Var, ...
         return output, True
 
     def ready(element: n.Load, place: Expr) -> Expr:
-        return n.substitute(keep, {batch: element.index[0], query: element.index[1], entry: place})  # type: ignore[dict-item]
+        return n.substitute(keep, {batch: element.index[0], query: element.index[1], entry: place})
 
     shows_sets_only(lifter, picked, ready)
     return picked, False

@@ -108,13 +108,11 @@ def _written(anchor: Node) -> Iterator[Node]:
             continue
         seen.add(node)
         if node.target in WRITES:
-            step: Node | None = node.args[2]  # type: ignore[assignment]
-            for _ in range(DEEPEST):
-                sources = [i for i in step.all_input_nodes if is_tensor(i) and not dtype_of(i).is_floating_point]
+            steps = [node.args[2]]
+            while len(steps) <= DEEPEST and isinstance(step := steps[-1], Node):
                 yield step
-                step = sources[0] if sources and shape_of(sources[0]) == shape_of(step) else None
-                if step is None:
-                    break
+                integers = [i for i in step.all_input_nodes if is_tensor(i) and not dtype_of(i).is_floating_point]
+                steps.append(integers[0] if integers and shape_of(integers[0]) == shape_of(step) else None)
             return
         pending.extend((source, depth - 1) for source in node.all_input_nodes)
 
