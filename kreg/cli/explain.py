@@ -142,7 +142,7 @@ def _shown(report: Report, module: str | None, *, graphs: bool) -> Iterator[Rend
         return
     yield Text.assemble((report.model, "bold"), " on ", (report.device, "bold"), ": ", wording.headline(report))
     for fold in fold_sites(report.sites):
-        yield from _site(fold)
+        yield from _site(fold, "" if report.dry_run else _now(fold.first))
         if graphs:
             yield from _graph(fold.first)
     misses = fold_near_misses(report.near_misses)
@@ -155,7 +155,7 @@ def _shown(report: Report, module: str | None, *, graphs: bool) -> Iterator[Rend
         yield from _miss(miss)
 
 
-def _site(fold: Fold[SiteReport]) -> Iterator[RenderableType]:
+def _site(fold: Fold[SiteReport], now: str) -> Iterator[RenderableType]:
     site = fold.first
     count = f" ×{fold.count}" if fold.count > 1 else ""
     yield Text.assemble("\n", (wording.module(fold.module), "bold"), (count, "bold"), "  ", (site.op, "cyan"))
@@ -163,7 +163,7 @@ def _site(fold: Fold[SiteReport]) -> Iterator[RenderableType]:
     dims = ", ".join(f"{name} {wording.size(size)}" for name, size in site.dims.items())
     facts = [
         ("site", ids),
-        ("now", _now(site)),
+        ("now", now),
         ("mask", wording.mask_caption(site.mask, site.dims)),
         ("dims", f"{dims}; {site.dtype}{', trains' if site.trainable else ''}"),
         ("verified", _verified(fold.members)),

@@ -7,6 +7,7 @@ by a constant. An operator in no table, or a form that a row does not cover (it 
 from __future__ import annotations
 
 import operator
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -693,7 +694,19 @@ def _einsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     assert isinstance(equation, str)
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow or "." in equation or len(terms) != len(tensors):
+    if not arrow or len(terms) != len(tensors):
+        return None
+    if "..." in equation:
+        spared = [c for c in string.ascii_letters if c not in equation]
+        most = max(len(shape_of(t)) - len(term) + 3 for term, t in zip(terms, tensors, strict=True) if "..." in term)
+
+        def spelled(term: str, rank: int) -> str:
+            """The dots as letters, of the last of those that the widest operand needs."""
+            return term.replace("...", "".join(spared[most - (rank - len(term) + 3) : most]))
+
+        terms = [spelled(term, len(shape_of(t))) for term, t in zip(terms, tensors, strict=True)]
+        output = spelled(output, len(index))
+    if any(len(term) != len(shape_of(t)) for term, t in zip(terms, tensors, strict=True)):
         return None
     places: dict[str, Expr] = dict(zip(output, index, strict=True))
     summed: list[n.Var] = []
@@ -704,7 +717,7 @@ def _einsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
                 places[letter] = summed[-1]
     body: Expr = n.Const(1.0)
     for term, tensor in zip(terms, tensors, strict=True):
-        body = n.mul(body, lifter.operand(tensor, tuple(places[letter] for letter in term)))
+        body = n.mul(body, lifter.operand(tensor, broadcast(tuple(places[letter] for letter in term), tensor)))
     for variable in summed:
         body = n.total(variable, body)
     return body
@@ -734,6 +747,11 @@ def _softmax_call(node: Node) -> tuple[Node, int] | None:
         return args[0], args[1]
     if node.target is aten.exp.default and args[0].target in (aten.log_softmax.int, aten._log_softmax.default):
         return _args(args[0])[0], _args(args[0])[1]
+    if node.target is aten.exp.default and args[0].target is aten.sub.Tensor:  # x - log(sum(exp(x)))
+        x, total = _args(args[0])[:2]
+        if isinstance(total, Node) and total.target is aten.logsumexp.default and _args(total)[0] is x:
+            dims = argument(total, 1, "dim")
+            return (x, dims[0]) if len(dims) == 1 and argument(total, 2, "keepdim", False) else None
     if node.target is aten.div.Tensor and isinstance(args[0], Node) and args[0].target is aten.exp.default:
         total = args[1]
         if isinstance(total, Node) and total.target is aten.sum.dim_IntList and _args(total)[0] is args[0]:
@@ -834,6 +852,7 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_amax, (aten.amax.default,)),
     (_softmax, (aten.softmax.int, aten._softmax.default)),
     (_pow, (aten.pow.Tensor_Scalar,)),
+    (_unary("square"), (aten.square.default,)),
     (_piece, (operator.getitem,)),
     (_off_dropout, (aten.dropout.default, aten.feature_dropout.default)),
     (_binary(_floor), (aten.maximum.default, aten.max.other, aten.clamp_min.default)),

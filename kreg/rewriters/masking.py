@@ -141,7 +141,7 @@ def _is_small(node: Node) -> bool:
 def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Operand:
     """The biases as one tensor."""
     total: Operand | None = None
-    for bias in biases:
+    for bias in (part for bias in biases for part in _summands(found, bias)):
         scaled = n.mul(n.Const(bias.factor), bias.expression)
         whole = bias.expression not in found.lifter.origins and scaled in found.lifter.origins
         expression, factor = (scaled, 1.0) if whole else (bias.expression, bias.factor)
@@ -151,6 +151,19 @@ def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Op
         total = part if total is None else total.then(aten.add.Tensor, part)
     assert total is not None
     return total
+
+
+def _summands(found: Attention, bias: Bias) -> Iterator[Bias]:
+    """The terms of a bias that have tensors: itself, or the terms that the model added to the scores one by one."""
+    match bias.expression:
+        case n.Apply("add", arguments) if bias.expression not in found.lifter.origins:
+            for part in arguments:
+                if not isinstance(part, n.Const):
+                    yield from _summands(found, replace(bias, expression=part))
+                elif abs(part.value * bias.factor) >= -masks.NEGLIGIBLE:
+                    raise Refused("a large number is added to all scores", found.anchor)
+        case _:
+            yield bias
 
 
 def _inputs(
@@ -222,8 +235,8 @@ def claims(found: Attention, terms: Sequence[MaskTerm], like: Sequence[Extent]) 
 
 
 def _claim(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Claim:
-    is_condition = term.expression == term.keep
-    forms = (term.expression, n.not_(term.keep)) if is_condition else (term.expression,)
+    opposite = n.mul(n.Const(-1.0), term.expression)
+    forms = (opposite, n.not_(term.keep), term.expression, term.keep)
     holders = {node: (form, index) for form in forms for node, index in found.lifter.origins.get(form, ())}
     for node in _nearest(found, holders):
         form, index = holders[node]
@@ -231,8 +244,10 @@ def _claim(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Claim:
             held = arrange(node, index, found.roles.of_scores, "mask", like=like)
         except Refused:
             continue
-        if not is_condition:
-            return Claim(held, term.levels)
+        if form not in (term.keep, n.not_(term.keep)):
+            return Claim(
+                held if form == term.expression else held.then(aten.neg.default), term.levels or (masks.NEGLIGIBLE,)
+            )
         held = held if dtype_of(node) is torch.bool else held.then(aten.ne.Scalar, 0)
         return Claim(held if form == term.keep else held.then(aten.logical_not.default))
     return Claim(None)

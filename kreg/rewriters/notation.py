@@ -595,12 +595,11 @@ def le0(e: Expr) -> Expr:
     if isinstance(e, Apply) and e.function == "where":
         c, yes, no = e.arguments
         return where(c, le0(yes), le0(no))
-    for atom, c in parts(e)[0].items():  # c * |x| + r <= 0: both signs of x hold, or either where c < 0
+    for atom, factor in parts(e)[0].items():  # c * |x| + r <= 0: for both signs of x, or for one where c < 0
         match atom:
             case Apply("abs", (x,)):
-                rest = sub(e, mul(Const(c), atom))
-                join = and_ if c > 0 else or_
-                return join(le0(add(mul(Const(c), x), rest)), le0(sub(rest, mul(Const(c), x))))
+                times_x, rest = mul(Const(factor), x), sub(e, mul(Const(factor), atom))
+                return (and_ if factor > 0 else or_)(le0(add(rest, times_x)), le0(sub(rest, times_x)))
     high = upper(e)
     if high is not None and never_negative(neg(high)):
         return TRUE

@@ -8,6 +8,7 @@ one computation done twice.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Hashable, Mapping
 from itertools import chain, islice
 
@@ -16,6 +17,8 @@ from torch.fx import Node
 
 from kreg.rewriters.graph import STORED, sized, upstream
 from kreg.rewriters.site import Calls, Extent, Operand, Site
+
+log = logging.getLogger("kreg")
 
 LARGEST = 4096
 """Nodes of the largest region that is described. A site whose region never ends at operands stands for itself."""
@@ -44,10 +47,12 @@ class Repeats:
     def first(self, site: Site, *context: Hashable) -> Site:
         """The first site seen that is the same code, in an equal ``context``; the site itself where none is."""
         try:
-            code = self._code(site)
+            return self._first.setdefault((self._code(site), context), site)
         except _Unknown:
             return site
-        return self._first.setdefault((code, context), site)
+        except Exception:  # a tensor of a kind that has no strides or no bytes: verified by itself, as if unknown
+            log.debug("%s cannot be described", site.id, exc_info=True)
+            return site
 
     def _code(self, site: Site) -> Hashable:
         """All that a site consists of. Numbers stand for nodes: operands first, then in the order of `upstream`."""

@@ -1,4 +1,4 @@
-"""``kreg rewrite``, ``kreg explain`` and ``kreg verify`` on models small enough to be captured in a blink."""
+"""``kreg rewrite`` and ``kreg verify`` on models small enough to be captured in a blink."""
 
 from __future__ import annotations
 
@@ -174,41 +174,6 @@ def test_exit_1_and_no_traceback_where_kreg_itself_fails(kreg: Kreg, monkeypatch
 def test_exit_2_for_bad_options(kreg: Kreg, options: list[str], told: str) -> None:
     ended = kreg("rewrite", "toys:attention", *options)
     assert ended.code == 2 and told in ended.words and not ended.out
-
-
-def test_explain_gives_every_candidate_its_reason(kreg: Kreg) -> None:
-    ended = kreg("explain", "toys:attention", "--json")
-    assert ended.code == 0
-    candidates = ended.json["sites"][0]["candidates"]
-    assert {c["kernel"] for c in candidates} >= {"torch.sdpa", "kreg.tiled_attention"}
-    assert sum(c["taken"] for c in candidates) == 1 and all(c["reason"] for c in candidates)
-    text = kreg("explain", "toys:attention").words
-    assert "A query sees every key up to its own." in text and "against" in text
-
-
-def test_explain_narrows_to_a_module_or_a_site(kreg: Kreg) -> None:
-    (site,) = kreg("explain", "toys:attention", "--module", "layers.1", "--json").json["sites"]
-    assert site["module"] == "layers.1"
-    shown = kreg("explain", "toys:attention", "--site", site["id"])
-    assert shown.code == 0 and "before:" in shown.out and "softmax" in shown.out
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--module", "layer.1"], "did you mean 'layers.1'"),
-        (["--site", "nowhere"], "there is no site 'nowhere'"),
-    ],
-)
-def test_explain_of_what_is_not_there_is_bad_input(kreg: Kreg, options: list[str], told: str) -> None:
-    ended = kreg("explain", "toys:attention", *options)
-    assert ended.code == 2 and told in ended.words
-
-
-def test_explain_says_why_a_subgraph_was_not_raised(kreg: Kreg) -> None:
-    ended = kreg("explain", "toys:dropout")
-    assert ended.code == 0 and "dropout is on for the attention weights" in ended.words
-    assert "toys.py:" in ended.words
 
 
 def test_verify_shows_errors_against_tolerances(kreg: Kreg) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from kreg.rewriters.report import NearbyNode, NearMissReport
+
 from .samples import mixed
 
 REPORT = {"model", "device", "frontend", "nodes", "sites", "near_misses", "summary", "seconds"}
 SITE = {"id", "op", "module", "status", "kernel", "reason", "mask", "dims", "dtype", "trainable", "verify"}
-SITE |= {"alternatives", "nodes_replaced"}
+SITE |= {"alternatives", "nodes_replaced", "verified_at"}
 
 
 def test_the_keys_are_those_of_the_schema() -> None:
@@ -31,3 +33,12 @@ def test_the_summary_counts_by_op() -> None:
         "sparse_attention": {"found": 7, "replaced": 6},
         "lightning_indexer": {"found": 6, "replaced": 6},
     }
+
+
+def test_the_nodes_around_a_near_miss_are_for_people_and_stay_out_of_the_contract() -> None:
+    node = NearbyNode(name="softmax", call="aten.softmax.int(%add, -1)", value="float32[2, 8, 8]", anchor=True)
+    miss = NearMissReport(op="attention", module="layers.0", node="softmax", reason="it fails", around=(node,))
+    report = mixed().model_copy(update={"near_misses": (miss,)})
+    (written,) = json.loads(report.to_json())["near_misses"]
+    assert set(written) == {"op", "module", "node", "reason"}
+    assert report.near_misses[0].around == (node,)

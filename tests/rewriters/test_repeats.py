@@ -229,3 +229,10 @@ def test_only_the_first_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
         clock=pipeline.Clock(),
     ).report
     assert len(report.sites) == 5 and ran == [report.sites[0].id]
+
+
+def test_a_site_that_cannot_be_described_stands_for_itself() -> None:
+    (site,) = find(functional(export_model(Stack(PLAIN), INPUTS)).module.graph).sites
+    strange, repeats = replace(site, attributes={**site.attributes, "scale": object()}), Repeats()
+    again = replace(strange)
+    assert repeats.first(strange) is strange and repeats.first(again) is again

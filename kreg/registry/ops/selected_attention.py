@@ -27,10 +27,10 @@ TENSORS = {
 
 
 def named(indices: torch.Tensor, keys: int, block: int) -> torch.Tensor:
-    """Which keys the indices name: bool [batch, index_heads, queries, keys]; an index below 0 names none."""
+    """Which keys the indices name: bool [batch, index_heads, queries, keys]; an index out of range names none."""
     blocks = -(-keys // block)
     found = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
-    found.scatter_(-1, torch.where(indices < 0, blocks, indices).long(), True)
+    found.scatter_(-1, torch.where((indices < 0) | (indices > blocks), blocks, indices).long(), True)
     return found[..., :blocks].repeat_interleave(block, dim=-1)[..., :keys]
 
 
@@ -57,8 +57,8 @@ def reference(
         k, v: [batch, kv_heads, keys, head_dim | value_dim]; query head h reads kv head
             ``h // (heads // kv_heads)``.
         indices: int32 or int64 [batch, index_heads, queries, selected]: index i names keys ``i * block`` to
-            ``(i + 1) * block - 1``, as far as there are keys. Negative ones name nothing, and a key that is named
-            twice counts once. Query head h reads index head ``h // (heads // index_heads)``.
+            ``(i + 1) * block - 1``, as far as there are keys. Those out of range name nothing, and a key that is
+            named twice counts once. Query head h reads index head ``h // (heads // index_heads)``.
         sinks: [heads]: one more logit in each softmax's denominator, with no value behind it.
         padding: bool [batch, keys], True where a key is kept.
         scale: factor on q @ k^T.

@@ -79,7 +79,7 @@ def find(context: Context, anchor: Node) -> Site:
         "empty": masked.attributes["empty"],
     }
     producer = context.producers.get(selection.element.node)
-    by = "input" if producer is None else producer.op.name
+    by = "input" if selection.element.node.op == "placeholder" else "computed" if producer is None else producer.op.name
     return Site(OP, anchor, operands, attributes, (output(found),), _mask(structure, block, by))
 
 

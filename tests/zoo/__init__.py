@@ -1,0 +1,1 @@
+"""Small random-weight models of every architecture that transformers names, and what kreg makes of them."""
