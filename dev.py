@@ -61,7 +61,8 @@ def test(*arguments: str) -> None:
     """What has to pass before a change is merged."""
     run("ruff", "check", ".")
     run("mypy")
-    run("pytest", *arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each of the processes
+    run("pytest", "-n", str(os.cpu_count() or 1), "--dist", "worksteal", *arguments)
 
 
 def main(command: str = "", *arguments: str) -> None:

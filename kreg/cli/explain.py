@@ -149,7 +149,7 @@ def _shown(report: Report, module: str | None, *, graphs: bool) -> Iterator[Rend
     if misses:
         yield Text.assemble(
             ("\nNear misses: what looked like an op and was left as it is", "bold"),
-            ("  ▸ what looked like it  ✗ where it failed", "dim"),
+            ("\n▸ what looked like it, ✗ where it failed", "dim"),
         )
     for miss in misses:
         yield from _miss(miss)
@@ -235,5 +235,5 @@ def _around(nodes: Iterable[NearbyNode]) -> RenderableType:
     for node in nodes:
         mark, style = ("✗", "bold red") if node.failed else ("▸", "bold") if node.anchor else ("", "")
         style = style or ("dim" if node.read else "")
-        table.add_row(Text(mark, style), Text(f"%{node.name}", style), Text(node.call, style), node.value)
+        table.add_row(Text(mark, style), Text(f"%{node.name}", style), Text(node.call, style), Text(node.value))
     return table

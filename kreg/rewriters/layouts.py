@@ -1,4 +1,4 @@
-"""Strides: what an op puts in a value's place may be laid out otherwise, and code behind it was captured for the old."""
+"""Strides: a value that an op computes may be laid out otherwise than the one that code behind it was captured with."""
 
 from __future__ import annotations
 

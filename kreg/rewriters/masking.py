@@ -141,10 +141,10 @@ def _is_small(node: Node) -> bool:
 def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Operand:
     """The biases as one tensor."""
     total: Operand | None = None
-    for bias in (part for bias in biases for part in _summands(found, bias)):
+    for bias in [part for whole in biases for part in _summands(found, whole)]:
         scaled = n.mul(n.Const(bias.factor), bias.expression)
-        whole = bias.expression not in found.lifter.origins and scaled in found.lifter.origins
-        expression, factor = (scaled, 1.0) if whole else (bias.expression, bias.factor)
+        is_held = bias.expression not in found.lifter.origins and scaled in found.lifter.origins
+        expression, factor = (scaled, 1.0) if is_held else (bias.expression, bias.factor)
         part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
         if factor != 1.0:
             part = part.then(aten.mul.Scalar, factor)

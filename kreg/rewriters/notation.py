@@ -340,6 +340,8 @@ def mul(a: Expr, b: Expr) -> Expr:
         if isinstance(b, Apply) and b.function == "mul" and isinstance(b.arguments[0], Const):
             return mul(Const(a.value * b.arguments[0].value), product(b.arguments[1:]))
         return Apply("mul", (a, *_flat("mul", b)))
+    if is_choice(a) and is_choice(b):
+        return choose(a, lambda branch: mul(branch, b))
     left, right = _flat("mul", a), _flat("mul", b)
     constants = [f for f in (*left, *right) if isinstance(f, Const)]
     rest = tuple(f for f in (*left, *right) if not isinstance(f, Const))

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment
 from kreg.registry.plan import Plan, SiteFacts, make_plan
+from kreg.rewriters import mask_check
 from kreg.rewriters import verify as verification
 from kreg.rewriters.facts import facts_of, op_nodes, site_id
 from kreg.rewriters.find import Findings, find
@@ -150,7 +151,7 @@ def _verify(
             if choice is None or (choice.kernel is None and not settings.portable):
                 continue
             kernel, trains = "" if settings.portable else kernel_name(choice), facts[site.id].trainable
-            first = repeats.first(site, kernel, trains)
+            first = repeats.first(site, kernel, trains, mask_check.check(module, site))
             if first is site:
                 settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
                 outcomes[site.id] = Verified(verification.verify(module, site, kernel, trains), site.id)

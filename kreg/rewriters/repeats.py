@@ -55,21 +55,28 @@ class Repeats:
             return site
 
     def _code(self, site: Site) -> Hashable:
-        """All that a site consists of. Numbers stand for nodes: operands first, then in the order of `upstream`."""
-        operands = list(dict.fromkeys(node for operand in site.operands.values() for node in operand.nodes))
-        masks = [claim.operand for claim in site.claims]
-        proven = [node for operand in masks if operand is not None for node in operand.nodes]
-        roots = [*(output.node for output in site.outputs), *proven]
-        region = list(islice(upstream(roots, set(operands)), LARGEST + 1))
+        """All that a site consists of.
+
+        Numbers stand for nodes: operands first, then in the order of `upstream`. Nodes that hold the tensor of an
+        operand, as where every layer computes the same mask again, have the operand's number.
+        """
+        parts = [part for operand in site.operands.values() for part in operand.parts]
+        operands = dict.fromkeys(part.node for part in parts)
+        twins = {node: part.node for part in parts for node in part.same}
+        outputs = [output.node for output in site.outputs]
+        region = list(islice(upstream(outputs, {*operands, *twins}), LARGEST + 1))
         if len(region) > LARGEST:
             raise _Unknown
         number = {node: place for place, node in enumerate(chain(operands, region))}
+        for source in {source for node in region for source in node.all_input_nodes if source in twins}:
+            place = number[twins[source]]
+            if number.setdefault(source, place) != place or self._input(source) != self._input(twins[source]):
+                raise _Unknown
         return (
             site.op.name,
             tuple((name, _operand(operand, number)) for name, operand in site.operands.items()),
             tuple((name, _argument(value, number)) for name, value in site.attributes.items()),
             tuple((number[o.node], o.position, _calls(o.calls, number)) for o in site.outputs),
-            tuple((claim.operand and _operand(claim.operand, number), claim.levels) for claim in site.claims),
             tuple(map(self._input, operands)),
             tuple(self._node(node, number) for node in region),
         )

@@ -148,7 +148,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             elif part.node not in values:
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
-            values |= {other: values[part.node] for other in part.same}
+            values |= dict.fromkeys(part.same, values[part.node])
         drawn[name] = _apply(values, operand)
     for node in inner:
         is_input = node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
@@ -295,8 +295,9 @@ def _compare(site: Site, old: Run, new: Run, values: Values, trains: bool, gener
     if leaves and got[0].requires_grad:
         worst = 0.0
         pairs = [(mine[n], judge[n]) for n in leaves]
+        undefined = bool(want[0].isnan().any())
         for (leaf, _), (x, y) in zip(pairs, _gradients(got[0], want[0], pairs, generator), strict=True):
-            difference, scale = _gradient_error(x, y)
+            difference, scale = _gradient_error(x, y, undefined)
             worst = max(worst, difference)
             narrow = op.tolerances.get(leaf.dtype, tolerance)  # a gradient is rounded to its leaf's dtype
             passed = passed and (tolerance.accepts(difference, scale) or narrow.accepts(difference, scale))
@@ -326,13 +327,17 @@ def _gradients(
     yield from zip(new, old, strict=True)
 
 
-def _gradient_error(a: torch.Tensor | None, b: torch.Tensor | None) -> tuple[float, float]:
+def _gradient_error(a: Gradient, b: Gradient, undefined: bool) -> tuple[float, float]:
+    """How far apart gradients are, and how large; beside a result that is ``undefined``, where both are numbers.
+
+    A row of NaN says no more of its gradient than that it is none.
+    """
     if a is None or b is None:
         other = b if a is None else a
         return (0.0 if other is None else float(other.abs().max())), 1.0
     if a.numel() == 0:
         return 0.0, 1.0
-    if not torch.equal(a.isnan(), b.isnan()):
+    if not undefined and not torch.equal(a.isnan(), b.isnan()):
         return math.inf, 1.0
     difference = (a.double() - b).abs().nan_to_num(nan=0.0)
     return float(difference.max()) if bool(torch.isfinite(difference).all()) else math.inf, _scale(b)

@@ -68,10 +68,18 @@ def test_a_near_miss_stands_among_its_nodes_from_the_scores_product_to_the_value
 
 
 def test_the_node_at_which_an_obligation_failed_is_marked(kreg: Kreg) -> None:
-    lines = [line.split() for line in kreg("explain", "toys:dropout").out.splitlines()]
+    shown = kreg("explain", "toys:dropout").out
+    lines = [line.split() for line in shown.splitlines() if "%" in line]
     failed = [line for line in lines if line[:1] == ["✗"]]
     assert [line[1] for line in failed] == ["%dropout"] and "float32[2," in failed[0]
     assert [line[1] for line in lines if line[:1] == ["▸"]] == ["%softmax"]
+
+
+def test_symbolic_sizes_are_shown_by_their_names(kreg: Kreg) -> None:
+    (miss,) = kreg("explain", "toys:dropout", "--dynamic", "--json").json["near_misses"]
+    shape = next(node["value"] for node in miss["around"] if node["anchor"])
+    assert shape.startswith("float32[") and "s" in shape.removeprefix("float32[")
+    assert " ".join(shape.split()) in kreg("explain", "toys:dropout", "--dynamic").words
 
 
 def test_a_path_means_a_module_and_those_within_it(kreg: Kreg) -> None:

@@ -37,8 +37,8 @@ def test_a_folder_with_a_config_is_built_with_random_weights(kreg: Kreg, tmp_pat
 
 def test_the_path_of_the_config_itself_is_fine_and_dynamic_makes_two_sequences(kreg: Kreg, tmp_path: Path) -> None:
     path = folder(tmp_path) / "config.json"
-    ended = kreg("rewrite", path, "--dynamic", "--dry-run", "--dtype", "float64", "--json")
-    assert ended.code == 0 and {s["dtype"] for s in ended.json["sites"]} == {"float64"}
+    ended = kreg("rewrite", path, "--dynamic", "--dry-run", "--dtype", "bfloat16", "--json")
+    assert ended.code == 0 and {s["dtype"] for s in ended.json["sites"]} == {"bfloat16"}
     assert all(isinstance(s["dims"]["queries"], str) for s in ended.json["sites"])
 
 

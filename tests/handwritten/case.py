@@ -44,6 +44,7 @@ KINDS: dict[str, frozenset[str]] = {
     "causal bias": frozenset({"causal", "input"}),
     "causal+bias": frozenset({"causal", "causal+input"}),
     # Large finite numbers weigh all keys of a row alike when it is masked whole: the proven part may not narrow it.
+    "soft padding": frozenset({"padding", "input"}),
     "soft causal+padding": frozenset({"causal+padding", "input"}),
     "soft causal+documents": frozenset({"causal+documents", "input"}),
     "soft sliding+documents": frozenset({"sliding+documents", "input"}),

@@ -236,3 +236,48 @@ def test_a_site_that_cannot_be_described_stands_for_itself() -> None:
     strange, repeats = replace(site, attributes={**site.attributes, "scale": object()}), Repeats()
     again = replace(strange)
     assert repeats.first(strange) is strange and repeats.first(again) is again
+
+
+class Distant(nn.Module):
+    """Attention with a bias that every layer computes anew."""
+
+    def __init__(self, scale: float = 0.125) -> None:
+        super().__init__()
+        self.qkv, self.scale = nn.Linear(32, 96), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        place = torch.arange(x.shape[1], device=x.device)
+        bias = (place[None] - place[:, None]).abs().to(x.dtype) * -0.5
+        out: Tensor = (q @ k.transpose(-1, -2) * self.scale + bias).softmax(-1) @ v
+        return out
+
+
+def run_at_distant(*layers: Distant) -> list[int]:
+    """As `run_at`."""
+    sites = analyse(nn.Sequential(*layers), INPUTS, device="cpu").sites
+    assert all(site.status == "replaced" for site in sites)
+    ids = [site.id for site in sites]
+    return [ids.index(site.verified_at or "") for site in sites]
+
+
+def test_layers_that_compute_the_same_tensor_again_are_the_same_code() -> None:
+    assert run_at_distant(Distant(), Distant(), Distant()) == [0, 0, 0]
+
+
+def test_what_is_computed_again_tells_no_two_layers_apart_nor_makes_others_equal() -> None:
+    assert run_at_distant(Distant(), Distant(0.25), Distant(), Distant(0.25)) == [0, 1, 0, 1]
+
+
+def test_masks_that_are_proven_otherwise_are_two_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a mask reads on above the operands, where two sites of the same code may differ."""
+    right = pipeline.mask_check.check
+
+    def check(module: Any, site: Site) -> Any:
+        found = right(module, site)
+        return replace(found, passed=False, reason="the mask is wrong") if site.module == "layers.1" else found
+
+    monkeypatch.setattr(pipeline.mask_check, "check", check)
+    sites = sites_of(PLAIN, PLAIN, PLAIN)
+    assert [site.status for site in sites] == ["replaced", "kept", "replaced"]
+    assert sites[1].reason == "the mask is wrong" and sites[2].verified_at == sites[0].id

@@ -23,7 +23,7 @@ from kreg.rewriters.lift_ops import CONTRACTIONS
 from kreg.rewriters.masking import masking
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.roles import Roles
-from kreg.rewriters.rules.attention import extents, output, sinks
+from kreg.rewriters.rules.attention import extents, output, sinks, tempered
 from kreg.rewriters.rules.padding import padding
 from kreg.rewriters.rules.picks import Member, member
 from kreg.rewriters.rules.rule import Context, Rule
@@ -57,7 +57,7 @@ def find(context: Context, anchor: Node) -> Site:
     assert isinstance(slot, n.Var)
     heads = tuple(x for x in roles.heads + roles.repeats if x in selection.element.variables)
     operands = {
-        "q": operand(found.q, roles.of_q, "queries").cast(result),
+        "q": tempered(found, operand(found.q, roles.of_q, "queries").cast(result), like),
         "k": operand(found.k, roles.of_k, "keys").cast(result),
         "v": operand(found.v, roles.of_v, "values").cast(result),
         "indices": operand(selection.element, (roles.batch, heads, roles.query, (slot,)), "selection"),

@@ -194,7 +194,7 @@ CASES = (
         sizes=Sizes(2, 12, 6),
         resized=Sizes(3, 17, 9),
     ),
-    Case("one query", OneQuery, (hidden(16), kept_or_none()), mask="padding", dims={"queries": 1}),
+    Case("one query", OneQuery, (hidden(16), kept_or_none()), mask="soft padding", dims={"queries": 1}),
     Case("a vector for a query", VectorQuery, (hidden(16),), either=True),
     Case("multiplicative", Multiplicative, (hidden(16), memory(12), lengths("memory")), mask="padding"),
     Case("additive", Additive, (hidden(16), memory(16)), sites=0, reason=None),

@@ -120,7 +120,7 @@ CASES = (
     Case("float mask", Sdpa, (*QKV, scores()), mask="bias"),
     Case("bool mask", Sdpa, (*QKV, conditions()), mask="input"),
     Case("values of another width", Sdpa, (heads(H, D), heads(H, D), heads(H, 5)), dims={"value_dim": 5}),
-    Case("three dimensions", ThreeDimensions, (hidden(16),), dims={"heads": 1}),
+    Case("three dimensions", ThreeDimensions, (hidden(16),)),
     Case("two dimensions", Unpacked, (unbatched(16),)),
     Case("five dimensions", FiveDimensions, (hidden(16),), resized=None),
     Case("triangle, bool", lambda: MaskOfATriangle(False), QKV, mask="causal"),
