@@ -188,7 +188,7 @@ class _Terms:
 
     def _is_worth_splitting(self, e: n.Apply) -> bool:
         """A sum in which the product is, or a mask: other sums are one bias, added up as the model does."""
-        return has_product(e) or any(keep_of(argument) is not None for argument in e.arguments)
+        return has_product(e) or (not self.whole and any(keep_of(argument) is not None for argument in e.arguments))
 
     def _is_fill(self, c: Expr, x: Expr, value: float) -> bool:
         """A mask around the scores, or around a bias by nothing but places; a bias that data masks stays one tensor."""

@@ -151,6 +151,8 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
         raise Refused("there is a single key: its weight is no choice among keys", softmax)
     body = n.substitute(body, {summed[0]: key})
     weights, v, condition = _weighted_values(body, output)
+    if weights.node is not softmax:
+        raise Refused("the weights go through another softmax", softmax)
     source, dim = logits_of(softmax)
     if torch.promote_types(dtype_of(source), dtype_of(softmax)) != dtype_of(softmax):
         raise Refused("the softmax rounds its logits to a narrower dtype", softmax)

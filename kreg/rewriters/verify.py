@@ -286,6 +286,8 @@ def _compare(site: Site, old: Run, new: Run, values: Values, trains: bool, gener
     with torch.set_grad_enabled(bool(leaves)):
         mine = {n: v.detach().requires_grad_() if n in leaves else v for n, v in values.items()}
         judge = {n: v.detach().double().requires_grad_() if n in leaves else v for n, v in values.items()}
+        for part in (part for operand in site.operands.values() for part in operand.parts):
+            judge |= dict.fromkeys(part.same, judge[part.node])
         got, want = new(mine), old(judge)
     arguments = _arguments(site, values)
     tolerance = op.tolerances[site.dtype]

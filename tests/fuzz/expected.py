@@ -55,10 +55,17 @@ def expected_ops(program: Program) -> frozenset[str]:
     if program.twists or any(applies(program) for applies in EXEMPT.values()):
         return frozenset()
     if isinstance(program, Attention):
-        return frozenset({"attention or sparse_attention"})
+        return frozenset({"attention or sparse_attention or selected_attention"})
     whole = program.future != "" and program.sentinel != "" and program.entries > 1
     ops = {"lightning_indexer"} if whole else set()
-    return frozenset(ops | ({"sparse_attention"} if whole and program.window else {"attention or sparse_attention"}))
+    return frozenset(
+        ops
+        | (
+            {"sparse_attention"}
+            if whole and program.window
+            else {"attention or sparse_attention or selected_attention"}
+        )
+    )
 
 
 def missing_ops(program: Program, raised: tuple[str, ...]) -> list[str]:

@@ -81,7 +81,7 @@ KINDS: dict[str, Kind] = {
     "entries begun": Kind(lambda i, j: j * RATIO <= i, "block-causal"),
     "sliding in chunks": Kind(lambda i, j: (j <= i) & (i - j < WINDOW) & (i // CHUNK == j // CHUNK), "sliding chunked"),
     "sliding with a prefix": Kind(lambda i, j: (j <= i) & ((i - j < WINDOW) | (j < PREFIX)), "sliding prefix"),
-    "padding": Kind(lambda i, j, keep: of_keys(keep), "padding", data=(kept(),)),
+    "padding": Kind(lambda i, j, keep: of_keys(keep), "padding", "soft padding", data=(kept(),)),
     "packed": Kind(lambda i, j, d: same(d), "documents", data=(documents(),)),
     "selected": Kind(lambda i, j, p: selected(j, p), "selected", data=(picks(),)),
     "causal and padding": Kind(

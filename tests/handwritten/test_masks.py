@@ -70,6 +70,10 @@ def check(name: str, form: str, dynamic: bool) -> None:
     module = Plain(kind, FORMS[form])
     inputs, resized = drawn(kind, SIZES, seed=0), drawn(kind, RESIZED, seed=1)
     program = exported(module, inputs, resized if dynamic else None)
+    if form == "multiplied and added" and kind.data:
+        # The scores of masked keys are one number: a query without keys gives what no argument says.
+        assert not list(op_nodes(program.graph)) and kreg.analyse(module, inputs).near_misses
+        return
     site = site_of(program)
     truth = kind.truth if form in HARD else kind.soft or kind.truth
     assert site.mask is not None and site.mask["kind"] in NAMES[truth], site.mask
@@ -102,6 +106,15 @@ def test_a_mask_of_any_kind_is_proven_for_all_sizes(name: str, form: str) -> Non
     check(name, form, dynamic=True)
 
 
+NOT_READ = frozenset(
+    {
+        *("triu minus one", "difference clamped", "meshgrid", "counted", "empty, filled, cut"),
+        *("multiplied by comparison", "by linspace", "written into"),
+    }
+)
+"""Writings that index notation has no words for: they are right, as the tensors that they are."""
+
+
 @pytest.mark.parametrize(
     "dynamic", [pytest.param(False, id="static"), pytest.param(True, id="dynamic", marks=pytest.mark.slow)]
 )
@@ -112,7 +125,7 @@ def test_a_causal_mask_is_causal_however_it_is_written(name: str, dynamic: bool)
     inputs, resized = drawn(kind, SIZES, seed=0), drawn(kind, RESIZED, seed=1)
     program = exported(module, inputs, resized if dynamic else None)
     site = site_of(program)
-    truth = "stored causal" if name in CAUSAL_BY_VALUE else "causal"
+    truth = "stored causal" if name in CAUSAL_BY_VALUE or name in NOT_READ else "causal"
     assert site.mask is not None and site.mask["kind"] in NAMES[truth], site.mask
     if not dynamic:
         assert_claim(program, torch.ones(12, 12, dtype=torch.bool).tril(), pure=truth == "causal")
