@@ -726,6 +726,7 @@ def _joined(function: str, arguments: tuple[Expr, ...]) -> Expr:
             return _joined(function, tuple(known))
     if not kept:
         return neutral
+    kept = [a for a in kept if not _absorbed(a, "or" if function == "and" else "and", kept)]
     return kept[0] if len(kept) == 1 else Apply(function, tuple(sorted(kept, key=_order)))
 
 
@@ -737,6 +738,11 @@ def assuming(e: Expr, facts: Sequence[Expr]) -> Expr:
     if all(part in facts for part in conjuncts(c)):
         return assuming(yes, facts)
     return assuming(no, facts) if any(not_(part) in facts for part in conjuncts(c)) else e
+
+
+def _absorbed(e: Expr, dual: str, others: list[Expr]) -> bool:
+    """a and (a or b) is a; a or (a and b) is a."""
+    return isinstance(e, Apply) and e.function == dual and any(a in others for a in e.arguments)
 
 
 def conjuncts(e: Expr) -> tuple[Expr, ...]:

@@ -42,11 +42,17 @@ def _no_choice(p: Program) -> bool:
     return isinstance(p, Attention) and p.length == 1
 
 
+def _one_pick(p: Program) -> bool:
+    """The best of all is a place without an index of its own, which the indexer's rule does not read."""
+    return isinstance(p, Indexed) and p.topk == 1
+
+
 EXEMPT: dict[str, Callable[[Program], bool]] = {
     "two fills meet": _fills_meet,
     "a bias may outdo a fill": _bias_may_outdo_a_fill,
     "the softmax narrows its scores": _narrows,
     "there is a single key": _no_choice,
+    "a single entry is selected": _one_pick,
 }
 
 
