@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from tests.fuzz import masks
-from tests.fuzz.forms import Attention, Program
+from tests.fuzz.forms import Attention, Indexed, Program
 
 
 def _may_leave_no_keys(p: Attention) -> bool:
