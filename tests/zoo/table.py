@@ -16,10 +16,16 @@ from tests.zoo.score import Score, is_attention, is_exported, is_verified, score
 IMPLEMENTATIONS = ("eager", "sdpa")
 NO_FORM = "it has no SDPA form"
 
+KEPT = "## Other runs"
+"""What other commands found: written by hand, below the rest of the page."""
+
 
 def write(results: Path, page: Path) -> None:
-    """Writes the page from a file of records."""
-    page.write_text("\n".join(_page(records(results), results)) + "\n")
+    """Writes the page from a file of records; what stands under the heading `KEPT` stays as it is."""
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    kept = before[before.index(KEPT) :] if KEPT in before else ""
+    written = "\n".join(_page(records(results), results)) + "\n"
+    page.write_text(f"{written}\n{kept}" if kept else written, encoding="utf-8")
 
 
 def _page(found: Sequence[Record], results: Path) -> Iterator[str]:
