@@ -142,9 +142,7 @@ def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Op
     """The biases as one tensor."""
     total: Operand | None = None
     for bias in [part for whole in biases for part in _summands(found, whole)]:
-        scaled = n.mul(n.Const(bias.factor), bias.expression)
-        is_held = bias.expression not in found.lifter.origins and scaled in found.lifter.origins
-        expression, factor = (scaled, 1.0) if is_held else (bias.expression, bias.factor)
+        expression, factor = _held(found, bias)
         part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
         if factor != 1.0:
             part = part.then(aten.mul.Scalar, factor)
@@ -153,10 +151,18 @@ def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Op
     return total
 
 
+def _held(found: Attention, bias: Bias) -> tuple[Expr, float]:
+    """A bias as an expression that a node holds, and a factor: ``x - c * y`` is added as ``-1 * (c * y)``."""
+    whole = n.mul(n.Const(bias.factor), bias.expression)
+    factor, rest = n.scaled(whole)
+    ways = ((bias.expression, bias.factor), (whole, 1.0), (n.neg(whole), -1.0), (rest, factor))
+    return next((way for way in ways if way[0] in found.lifter.origins), ways[0])
+
+
 def _summands(found: Attention, bias: Bias) -> Iterator[Bias]:
     """The terms of a bias that have tensors: itself, or the terms that the model added to the scores one by one."""
     match bias.expression:
-        case n.Apply("add", arguments) if bias.expression not in found.lifter.origins:
+        case n.Apply("add", arguments) if _held(found, bias)[0] not in found.lifter.origins:
             for part in arguments:
                 if not isinstance(part, n.Const):
                     yield from _summands(found, replace(bias, expression=part))

@@ -7,7 +7,7 @@ a sum; what is negligible beside any ordinary score is a mask, whether it is add
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -242,9 +242,18 @@ def take_apart(
         except Refused as refused:
             refusal = refused
             continue
-        biases = (*terms.biases, *(Bias(*other) for other in terms.cores if other is not core))
+        biases = (*terms.biases, *_joined([Bias(*other) for other in terms.cores if other is not core]))
         return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift), terms.floored)
     raise refusal
+
+
+def _joined(biases: Sequence[Bias]) -> list[Bias]:
+    """Products that are no scores, added up as the model may have done before it added them to the scores."""
+    found: dict[tuple[float, int], Bias] = {}
+    for bias in biases:
+        at = bias.factor, bias.depth
+        found[at] = replace(found[at], expression=n.add(found[at].expression, bias.expression)) if at in found else bias
+    return list(found.values())
 
 
 def _is_top(shift: Expr) -> bool:
