@@ -317,7 +317,7 @@ class _Task:
     def _shapes(self, sizes: Mapping[sympy.Symbol, int]) -> dict[str, torch.Tensor]:
         """The operands that the op does not mask with, by their shapes alone."""
         blank = {node: _blank(node, sizes) for operand in self.others.values() for node in operand.nodes}
-        return {name: _bring(operand, blank) for name, operand in self.others.items()}
+        return {name: operand.value(blank) for name, operand in self.others.items()}
 
     # ── values ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -331,10 +331,10 @@ class _Task:
         dims = self._dims(sizes)
         told = {name: self._number(value, sizes) for name, value in self.site.attributes.items()}
         try:
-            originals = [(claim, _bring(claim.operand, values)) for claim in self.claims]
+            originals = [(claim, claim.operand.value(values)) for claim in self.claims if claim.operand]
             model = _conjunction([_kept(claim, value) for claim, value in originals])
             sound = _conjunction([_is_sound(claim, value) for claim, value in originals])
-            given = shapes | {name: _bring(operand, values) for name, operand in self.inputs.items()}
+            given = shapes | {name: operand.value(values) for name, operand in self.inputs.items()}
         except RuntimeError as error:
             raise _Misfit(f"the masks' sizes do not agree: {_line(error)}") from error
         try:
@@ -493,23 +493,6 @@ def _values_of(operand: Operand) -> Iterator[Node]:
     for part in tree_leaves([args for _, args in operand.calls]):
         if isinstance(part, Operand):
             yield from _values_of(part)
-
-
-def _bring(operand: Operand | None, values: Mapping[Node, torch.Tensor]) -> torch.Tensor:
-    """An operand's value, from those of the nodes that it reads."""
-    assert operand is not None
-
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, Operand):
-            return _bring(argument, values)
-        if isinstance(argument, Extent):
-            return values[argument.node].shape[argument.dim]
-        return [fill(part) for part in argument] if isinstance(argument, list) else argument
-
-    value = values[operand.node]
-    for target, args in operand.calls:
-        value = target(value, *(fill(argument) for argument in args))
-    return value
 
 
 def _is_drawn(module: GraphModule, node: Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class Masking:
     attributes: dict[str, Any]
     operands: dict[str, Operand]
     mask: Mask
-    structure: masks.Structure = field(default_factory=masks.Structure)
     claims: tuple[Claim, ...] = ()
 
 
@@ -71,7 +70,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "empty": empty,
     }
     masked = "mask" in operands or not all(_is_moderate(b) for b in biases)
-    return Masking(attributes, operands, describe(structure, operands, masked), structure, claims(found, terms, like))
+    return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like))
 
 
 def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:

@@ -58,6 +58,21 @@ class Operand:
         """The same operand with one more call."""
         return replace(self, calls=(*self.calls, (target, args)))
 
+    def value(self, values: Mapping[Node, Any]) -> torch.Tensor:
+        """The operand itself, from the values of the nodes that it reads."""
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                return argument.value(values)
+            if isinstance(argument, Extent):
+                return values[argument.node].shape[argument.dim]
+            return [fill(part) for part in argument] if isinstance(argument, list) else argument
+
+        value: torch.Tensor = values[self.node]
+        for target, args in self.calls:
+            value = target(value, *(fill(argument) for argument in args))
+        return value
+
     @property
     def parts(self) -> Iterator[Operand]:
         """This operand, and those that its calls take."""

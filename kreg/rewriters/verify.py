@@ -17,7 +17,7 @@ from kreg.rewriters import mask_check
 from kreg.rewriters.graph import STORED, upstream
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
-from kreg.rewriters.site import Extent, Operand, Site
+from kreg.rewriters.site import Site
 
 log = logging.getLogger("kreg")
 
@@ -149,7 +149,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
             values |= dict.fromkeys(part.same, values[part.node])
-        drawn[name] = _apply(values, operand)
+        drawn[name] = operand.value(values)
     for node in inner:
         is_input = node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
         if is_input and node not in values:
@@ -169,22 +169,6 @@ def _noise(
     if dtype is torch.bool or dtype.is_floating_point:
         return normal(shape, dtype, generator)
     return (torch.rand(shape, generator=generator) < 0.8).to(dtype)
-
-
-def _apply(values: Mapping[Node, Any], operand: Operand) -> torch.Tensor:
-    """An operand's value, from those of the nodes it reads."""
-
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, Operand):
-            return _apply(values, argument)
-        if isinstance(argument, Extent):
-            return values[argument.node].shape[argument.dim]
-        return [fill(part) for part in argument] if isinstance(argument, list) else argument
-
-    value: torch.Tensor = values[operand.node]
-    for target, args in operand.calls:
-        value = target(value, *(fill(argument) for argument in args))
-    return value
 
 
 Run = Callable[[Values], tuple[torch.Tensor, ...]]
@@ -352,6 +336,6 @@ def _scale(value: torch.Tensor) -> float:
 
 
 def _arguments(site: Site, values: Mapping[Node, Any]) -> dict[str, Any]:
-    tensors = {name: _apply(values, operand) for name, operand in site.operands.items()}
+    tensors = {name: operand.value(values) for name, operand in site.operands.items()}
     attributes = {name: v for name, v in site.attributes.items() if not isinstance(v, Node)}
     return tensors | attributes
