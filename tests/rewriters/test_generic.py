@@ -422,6 +422,17 @@ def test_what_only_looks_like_attention_is_left_alone_with_a_reason(
     assert torch.equal(*results)
 
 
+def keys_detached(_: Wrapped, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.detach().mT * 0.3).softmax(-1) @ v
+
+
+def test_a_gradient_that_was_stopped_stays_stopped() -> None:
+    module = Wrapped(keys_detached)
+    program, report = rewritten(module, qkv(), verify=False)
+    assert [site.status for site in report.sites] == ["replaced"]
+    assert_same(module, program, qkv())
+
+
 # ── real models ─────────────────────────────────────────────────────────────────────────────────────────
 
 KINDS = {
