@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from kreg.errors import CaptureError
 from kreg.registry import catalogue as registry
 from kreg.registry.environment import Environment
 from kreg.registry.selection import selection_from_environment
@@ -59,7 +60,8 @@ def rewrite(
         model: any module.
         device: "cpu", "cuda", "npu" or what torch names; where the parameters are, by default.
         example_inputs: what to capture the model with: a tuple of positional inputs, a dict of keyword ones, or
-            (tuple, dict). By default they are derived from the model's ``config``.
+            (tuple, dict). By default they are derived from the model's ``config``; a model without one is captured
+            by its first call.
         enable, disable: kernels to prefer or to leave out, by name or pattern ("mindspeed.*").
         verify: run every site old against new, forward and backward, and keep the original where they differ.
         tune: measure kernels instead of estimating them. Not available yet: raises NotImplementedError.
@@ -69,13 +71,14 @@ def rewrite(
 
     Raises:
         SelectionError: an unknown device or kernel, or kernels that exclude each other.
-        CaptureError: no example inputs were given, and none can be derived.
+        CaptureError: the model does not run on the example inputs.
     """
     if tune:
         raise NotImplementedError("tune=True is not available yet; kernels are chosen by their declared cost")
     settings = settings_for(device, model, enable=enable, disable=disable, verify=verify)
     live.attach(model, settings, example_inputs)
-    report(model).print()
+    if live.attached(model).account.variants:
+        report(model).print()
     return model
 
 
@@ -85,7 +88,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: the model was not rewritten.
     """
-    return live.attached(model).report()
+    return live.attached(model).account.report()
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -185,19 +188,23 @@ def analyse(
             captured = program.functional(model)
         name = "ExportedProgram"
     else:
-        inputs = _without_cache(model) if example_inputs is None else example_inputs
+        inputs = _derived(model) if example_inputs is None else example_inputs
         captured, clock = _captured(model, inputs, dynamic_shapes, progress)
         name = type(model).__name__
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)
     return done.report
 
 
-def _without_cache(model: nn.Module) -> dict[str, Any]:
+def _derived(model: nn.Module) -> dict[str, Any]:
     """Derived inputs for an export: a program has no place for a cache object."""
-    inputs = live.example_inputs_for(model)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    return inputs
+    derived = live.example_inputs_for(model)
+    if derived is None:
+        raise CaptureError(
+            f"no example inputs can be derived for {type(model).__name__}: it has no config with a vocab_size. "
+            f"Pass them: example_inputs=(tensor, ...) or a dict of keyword inputs"
+        )
+    without_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return derived[1] | without_cache
 
 
 def program_report(exported: ExportedProgram) -> Report | None:

@@ -225,7 +225,8 @@ def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     positional = [a.name for a in op.parsed.arguments if not a.kwarg_only]
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        tensors, outputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each reading
+        tensors, outputs = saved[:count], saved[count:]
         wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
         needs = [name in op.differentiable and bool(wanted.get(name)) for name in op.tensors]
         if not any(needs) or all(g is None for g in grads):

@@ -72,7 +72,7 @@ def unpacked(node: Node, position: int) -> Node | None:
     return None
 
 
-_ROOTS = ("L__self___", "L['self'].", "L['self']", "L__self__", "self.")
+_ROOTS = ("L['module'].", "L['module']", "L__module___", "L__self___", "L['self'].", "L['self']", "L__self__", "self.")
 
 
 def module_path(node: Node) -> str:

@@ -1,210 +1,252 @@
-"""A live model's own call, answered by its rewritten graph where that covers the inputs.
+"""A live model: its own layers, answered by rewritten graphs where those cover the inputs.
 
-``nn.Module`` has one place for a compiled call; kreg puts its own there, so the class, ``forward``, parameters,
-hooks and ``state_dict`` stay what they were, and taking it out again restores the model. Which inputs are covered
-is decided by Dynamo's guards: once captured, a call that they refuse runs the original code.
+``nn.Module`` has one place for a compiled call. kreg puts a call of its own there, in each region of the model (a
+layer, see `regions`) and in the modules around them, so class, ``forward``, parameters, hooks and ``state_dict`` stay
+what they were, and taking them out again restores the model. The modules around run their own code, and `provenance`
+notes how they make masks and positions; a region is captured by Dynamo, once for all layers that are alike, and its
+guards decide which calls are covered.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from kreg.errors import CaptureError, KregError
-from kreg.registry.library import fallbacks
-from kreg.rewriters.backend import compile_graph
-from kreg.rewriters.capture import Inputs, failure, split_inputs
+from kreg.rewriters.account import Account
+from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
 from kreg.rewriters.pipeline import Settings
-from kreg.rewriters.report import Calls, Report
+from kreg.rewriters.provenance import Recorder
+from kreg.rewriters.regions import regions, scopes
+from kreg.rewriters.variants import Compiled, captured
 
-GRAPHS = 8
-"""Graphs that Dynamo may capture for one model; after that, calls that no graph covers run the original code."""
+log = logging.getLogger("kreg")
 
-PLAIN = (torch.Tensor, bool, int, float, str, type(None))
-"""Inputs that a graph is captured for. Others, such as a cache, change from call to call in ways guards pin."""
+GRAPHS = 32
+"""Graphs that Dynamo may capture for one model beyond one for each region; after that, calls that no graph covers
+run the original code."""
 
 
-class RewrittenCall:
-    """The call of a rewritten model.
+class RewrittenModel:
+    """What the calls in one model share: what was asked, the compiled call, and the account."""
 
-    A graph is captured from the example inputs at once, and later for calls of another form (a padding mask,
-    labels, no gradients) when they first come.
-    """
-
-    def __init__(self, model: nn.Module, settings: Settings, inputs: Inputs) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
-        self.inputs = split_inputs(inputs)
-        self.reports: list[Report] = []
-        self.calls: Counter[str] = Counter()
-        self.graphs = 0
-        self.displaced = vars(model).get("_compiled_call_impl")
-        self.before = Counter(fallbacks)
-        self.names = tuple(inspect.signature(model.forward).parameters)
-        self.compiled: Callable[..., Any] = torch.compile(model._call_impl, backend=self._backend)
+        self.regions = regions(model)
+        self.scopes = scopes(model, self.regions)
+        self.account = Account(type(model).__name__, settings.environment.device, tuple(self.regions))
+        self.fixed = self._compiled(dynamic=False)
+        self.varying = self._compiled(dynamic=True)
+
+    def _compiled(self, dynamic: bool) -> Compiled:
+        limit = GRAPHS + len(self.regions)
+        compiled: Compiled = torch.compile(  # type: ignore[call-overload]
+            _call, backend=self._backend, dynamic=dynamic, recompile_limit=limit, isolate_recompiles=True
+        )
+        return compiled
+
+    def _backend(self, module: GraphModule, example_inputs: Any) -> Compiled:
+        return captured(module, self.settings, self.account.model, self.account)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+class _Call:
+    """A module's call, and what it displaced."""
+
+    def __init__(self, module: nn.Module, owner: RewrittenModel, path: str) -> None:
+        self.module = module
+        self.owner = owner
+        self.path = path
+        self.displaced = vars(module).get("_compiled_call_impl")
+        self.names = tuple(inspect.signature(module.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's call: rewritten where a graph covers the inputs, else the original code."""
+        """The module's call; that of the whole model is counted."""
         if torch.compiler.is_compiling():
-            return self.model._call_impl(*args, **kwargs)
-        args, kwargs = self._named(args, kwargs)
-        ran = self.calls["rewritten"]
-        with self._capturing((args, kwargs)):
-            result = self.compiled(*args, **kwargs)
-        if self.calls["rewritten"] == ran:
-            self.calls["original"] += 1
-        return result
+            return self.module._call_impl(*args, **kwargs)
+        if self.path:
+            return self.answer(args, kwargs)
+        with self.owner.account.call():
+            return self.answer(args, kwargs)
 
-    def capture(self) -> None:
-        """Captures and rewrites the graph for the example inputs; the model's state is as before afterwards.
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module's call gives."""
+        raise NotImplementedError
 
-        Raises:
-            CaptureError: the model does not run on the example inputs.
-        """
-        args, kwargs = self._named(*self.inputs)
-        counted = Counter(self.calls)
+    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The first tensor among the inputs, in the order of ``forward``."""
+        values = (*args, *(kwargs.get(name) for name in self.names))
+        return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+class ScopeCall(_Call):
+    """The call of a module around regions: its own code, watched."""
+
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own answer."""
+        if _thread.inside:
+            return self.module._call_impl(*args, **kwargs)
+        first = self.first(args, kwargs)
+        step = first is not None and first.dim() == 2 and first.shape[1] == 1
+        _thread.inside = "step" if step else "call"
         try:
-            with _state_kept(self.model), self._capturing((args, kwargs)):
-                self.compiled(*args, **kwargs)
-        except KregError:
-            raise
-        except Exception as error:
-            raise failure(self.model, error, "captured") from error
+            with contextlib.nullcontext() if step else Recorder():  # type: ignore[no-untyped-call]
+                return self.module._call_impl(*args, **kwargs)
         finally:
-            self.calls = counted
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional inputs by keyword, so that both ways to call are one graph; hooks see what they always saw."""
-        model = self.model
-        if not args or len(args) > len(self.names) or model._forward_hooks or model._forward_pre_hooks:
-            return args, kwargs
-        named = dict(zip(self.names, args, strict=False))
-        kinds = inspect.signature(model.forward).parameters
-        if named.keys() & kwargs.keys() or any(kinds[n].kind is not _EITHER for n in named):
-            return args, kwargs
-        return (), named | kwargs
-
-    def _capturing(self, inputs: Any) -> Any:
-        """Lets Dynamo capture a call it has no graph for, if there is a point in it."""
-        leaves = torch.utils._pytree.tree_leaves(inputs)
-        if self.graphs >= GRAPHS or not all(isinstance(leaf, PLAIN) for leaf in leaves):
-            return torch.compiler.set_stance("eager_on_recompile")
-        if self.settings.dynamic:
-            for leaf in leaves:
-                _mark_dynamic(leaf)
-        return torch._dynamo.config.patch(specialize_float=True)
-
-    def report(self) -> Report:
-        """The report of the capture that replaced most, with every capture's near misses and the calls so far."""
-        if not self.reports:
-            empty = Report(
-                model=type(self.model).__name__,
-                device=self.settings.environment.device,
-                frontend="dynamo",
-                nodes=0,
-            )
-            return empty.model_copy(update={"calls": self._counts()})
-        first = max(self.reports, key=lambda r: sum(site.status == "replaced" for site in r.sites))
-        misses = dict.fromkeys(miss for report in self.reports for miss in report.near_misses)
-        return first.model_copy(update={"calls": self._counts(), "near_misses": tuple(misses)})
-
-    def _counts(self) -> Calls:
-        since = fallbacks - self.before
-        return Calls(
-            rewritten=self.calls["rewritten"],
-            original=self.calls["original"],
-            fallbacks={f"{kernel}: {reason}": count for (kernel, reason), count in since.items()},
-        )
-
-    def _backend(self, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        self.graphs += 1
-        compiled, report = compile_graph(module, self.settings, type(self.model).__name__)
-        if report is None:
-            return compiled
-        self.reports.append(report)
-        if not any(site.status == "replaced" for site in report.sites):
-            return compiled
-
-        def run(*inputs: Any) -> Any:
-            self.calls["rewritten"] += 1
-            return compiled(*inputs)
-
-        return run
+            _thread.inside = ""
 
 
-def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) -> RewrittenCall:
-    """Puts a rewritten call into a model; if anything fails, the model is left as it was."""
-    inputs = example_inputs_for(model) if example_inputs is None else example_inputs
+class RegionCall(_Call):
+    """The call of a region: compiled, where a graph covers the inputs or may be captured for them.
+
+    The batch and length of the first call are fixed in its graph, which is the cheaper one to capture and to plan;
+    with the first call of other sizes a graph for all sizes is captured. A call for a single position, as decoding
+    makes them, runs the original code: it has little to gain, and its cache is another one at every step.
+    """
+
+    sizes: tuple[int, ...] | None = None
+
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a rewritten graph gives where one covers the inputs, else the original code."""
+        first = self.first(args, kwargs)
+        owner = self.owner
+        if first is None or _thread.inside == "step" or (first.dim() == 3 and first.shape[1] == 1):
+            return self.module._call_impl(*args, **kwargs)
+        with _unwatched() as alone:
+            if not alone:
+                return self.module._call_impl(*args, **kwargs)
+            try:
+                with owner.account.region(self.path), torch._dynamo.config.patch(specialize_float=True):
+                    return self._compiled(first, (args, kwargs))(self.module, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
+                owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
+        return self.module._call_impl(*args, **kwargs)
+
+    def _compiled(self, first: torch.Tensor, inputs: Any) -> Compiled:
+        sizes = tuple(first.shape[:2])
+        if self.sizes is None:
+            self.sizes = sizes
+        if sizes == self.sizes or not self.owner.settings.dynamic:
+            return self.owner.fixed
+        _mark_static(inputs, {size for size in sizes if size > 1})
+        return self.owner.varying
+
+
+class _Thread(threading.local):
+    inside = ""
+    """The outermost scope that runs in this thread: "" for none, "step" for one with a single position, "call"."""
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[bool]:
+    """Without the recorder, which Dynamo would not capture under; False if another mode was put on top of it."""
+    mode = _get_current_dispatch_mode()
+    if isinstance(mode, Recorder):
+        with _pop_mode_temporarily():
+            yield True
+    else:
+        yield _thread.inside != "call"
+
+
+def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) -> RewrittenModel:
+    """Puts rewritten calls into a model; if anything fails, the model is left as it was.
+
+    With example inputs, or where a ``config`` tells what they are, the model is run once to capture it.
+
+    Raises:
+        CaptureError: the model does not run on the example inputs.
+    """
+    inputs = example_inputs_for(model) if example_inputs is None else split_inputs(example_inputs)
     detach(model)
-    call = RewrittenCall(model, settings, inputs)
-    call.capture()
-    model._compiled_call_impl = call
-    return call
+    owner = RewrittenModel(model, settings)
+    try:
+        for path, module in owner.scopes.items():
+            if path not in owner.regions:
+                module._compiled_call_impl = ScopeCall(module, owner, path)
+        for path, module in owner.regions.items():
+            module._compiled_call_impl = RegionCall(module, owner, path)
+        if inputs is not None:
+            _capture(model, owner, *inputs)
+    except BaseException:
+        detach(model)
+        raise
+    return owner
 
 
-def attached(model: nn.Module) -> RewrittenCall:
-    """The rewritten call of a model; raises ValueError if it has none."""
+def _capture(model: nn.Module, owner: RewrittenModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        with _state_kept(model), owner.account.uncounted():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise failure(model, error, "captured") from error
+
+
+def attached(model: nn.Module) -> RewrittenModel:
+    """What a rewritten model's calls share; raises ValueError if it was not rewritten."""
     call = vars(model).get("_compiled_call_impl")
-    if not isinstance(call, RewrittenCall):
+    if not isinstance(call, _Call):
         raise ValueError(f"this {type(model).__name__} was not rewritten; call kreg.rewrite(model) first")
-    return call
+    return call.owner
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the rewritten call out of a model again, and puts back what it displaced."""
-    call = vars(model).get("_compiled_call_impl")
-    if isinstance(call, RewrittenCall):
-        del model._compiled_call_impl
-        if call.displaced is not None:
-            model._compiled_call_impl = call.displaced
+    """Takes the rewritten calls out of a model again, and puts back what they displaced."""
+    for module in model.modules():
+        call = vars(module).get("_compiled_call_impl")
+        if isinstance(call, _Call):
+            del module._compiled_call_impl
+            if call.displaced is not None:
+                module._compiled_call_impl = call.displaced
 
 
-def example_inputs_for(model: nn.Module) -> dict[str, Any]:
-    """Token ids for a model whose ``config`` names a vocabulary.
-
-    Raises:
-        CaptureError: the model has no such config.
-    """
+def example_inputs_for(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Token ids for a model whose ``config`` names a vocabulary; None for any other."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
-        raise CaptureError(
-            f"no example inputs can be derived for {type(model).__name__}: it has no config with a vocab_size. "
-            f"Pass them: example_inputs=(tensor, ...) or a dict of keyword inputs"
-        )
+        return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     length = min(EXAMPLE_LENGTH, int(getattr(config, "max_position_embeddings", None) or EXAMPLE_LENGTH))
     tokens = torch.randint(vocabulary, (2, length), generator=generator)
-    return {"input_ids": tokens.to(device)}
+    return (), {"input_ids": tokens.to(device)}
 
-
-_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 EXAMPLE_LENGTH = 384
 """Tokens in a derived example: a multiple of 128, as most lengths in use are, and three times that, so that a
 model which compresses 128 tokens into an entry has more than one (sizes of 0 and 1 are cases of their own)."""
 
 
-def _mark_dynamic(value: Any) -> None:
-    """Batch and sequence may change from call to call; sizes of 1 are cases of their own."""
-    if isinstance(value, torch.Tensor):
-        for d in range(min(value.dim(), 2)):
-            if value.shape[d] > 1:
-                torch._dynamo.maybe_mark_dynamic(value, d)
+def _mark_static(inputs: Any, varying: set[int]) -> None:
+    """Only batch and sequence may change from call to call, wherever they stand; channels, which come last, may not.
+
+    Equal sizes are one symbol, so that a mask is known to be as long as the keys.
+    """
+    tensors = (leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    for tensor in tensors:
+        for d, size in enumerate(tensor.shape):
+            if size not in varying or (tensor.dim() == 3 and d == 2):
+                torch._dynamo.mark_static(tensor, d)
 
 
 @contextlib.contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Capturing runs the model once: buffers, gradients and random number generators are put back."""
+    """Capturing runs the model once: buffers and random number generators are put back."""
     buffers: Mapping[str, torch.Tensor] = {name: b.detach().clone() for name, b in model.named_buffers()}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import kreg
+from kreg.rewriters.live import attached
 from tests.models import CSA, VOCAB, deepseek_v4, llama
 
 LENGTH = 48
@@ -23,8 +24,14 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def original(model: nn.Module, **inputs: Any) -> Any:
-    """What the model answers without kreg."""
-    return model._call_impl(**inputs)
+    """What the model answers without kreg: its layers' own code, under no compiled call."""
+    calls = {module: vars(module).pop("_compiled_call_impl", None) for module in model.modules()}
+    try:
+        return model(**inputs)
+    finally:
+        for module, call in calls.items():
+            if call is not None:
+                module._compiled_call_impl = call
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +104,14 @@ def test_decoding_with_a_cache_runs_the_original_code_and_captures_nothing(rewri
     with torch.no_grad():
         filled = original(rewritten, input_ids=ids, use_cache=True)
         again = copy.deepcopy(filled.past_key_values)
-        graphs = rewritten._compiled_call_impl.graphs
+        graphs = len(attached(rewritten).account.variants)
         before = kreg.report(rewritten).calls
         step = tokens(2, 1, seed=5)
         got = rewritten(input_ids=step, past_key_values=filled.past_key_values).logits
         want = original(rewritten, input_ids=step, past_key_values=again).logits
     after = kreg.report(rewritten).calls
     assert (after.rewritten, after.original) == (before.rewritten, before.original + 1)
-    assert rewritten._compiled_call_impl.graphs == graphs
+    assert len(attached(rewritten).account.variants) == graphs
     assert torch.equal(got, want)
 
 
@@ -179,9 +186,15 @@ def test_a_model_that_does_not_run_is_left_as_it_was_and_the_module_is_named() -
     assert model._compiled_call_impl is None
 
 
-def test_a_model_without_a_config_asks_for_example_inputs() -> None:
-    with pytest.raises(kreg.CaptureError, match="example_inputs="):
-        kreg.rewrite(nn.Linear(2, 2))
+def test_a_model_without_a_config_is_captured_by_its_first_call() -> None:
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 8, 16)
+    want, _ = model(x, x, x, need_weights=False)
+    kreg.rewrite(model)
+    assert kreg.report(model).sites == ()
+    got, _ = model(x, x, x, need_weights=False)
+    assert kreg.report(model).summary == {"attention": {"found": 1, "replaced": 1}}
+    torch.testing.assert_close(got, want)
 
 
 def test_torch_compile_takes_kreg_as_a_backend_by_name() -> None:

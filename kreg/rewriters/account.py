@@ -1,0 +1,146 @@
+"""The account of a live model: the graphs that were made, the layers that each answers for, and the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+from kreg.registry.library import fallbacks
+from kreg.rewriters.report import Calls, NearMissReport, Report, Seconds, SiteReport
+from kreg.rewriters.variants import Variant
+
+log = logging.getLogger("kreg")
+
+
+class _Thread(threading.local):
+    path: str | None = None  # none while a backward pass computes a layer anew
+    rewritten = False
+    counting = True
+
+
+class Account:
+    """What happened to one model so far.
+
+    Args:
+        model, device: for the report.
+        paths: the model's regions, in order.
+    """
+
+    def __init__(self, model: str, device: str, paths: tuple[str, ...]) -> None:
+        self.model = model
+        self.device = device
+        self.paths = paths
+        self.variants: list[Variant] = []
+        self.places: dict[str, dict[int, Variant]] = {}
+        self.calls: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._before = Counter(fallbacks)
+        self._now = _Thread()
+
+    def added(self, variant: Variant) -> None:
+        """A variant was made, for the region that is running."""
+        self.variants.append(variant)
+        self._answers(variant)
+
+    def ran(self, variant: Variant) -> None:
+        """A variant answered for the region that is running."""
+        self._now.rewritten = True
+        self._answers(variant)
+
+    def _answers(self, variant: Variant) -> None:
+        if self._now.path is not None:
+            self.places.setdefault(self._now.path, {})[id(variant)] = variant
+
+    def failed(self, reason: str) -> None:
+        """The original code answered; said once in the log, and counted."""
+        if reason not in self.reasons:
+            log.warning("%s: %s. The original code answers", self.model, reason)
+        self.reasons[reason] += 1
+
+    @contextlib.contextmanager
+    def region(self, path: str) -> Iterator[None]:
+        """While a region runs."""
+        outer, self._now.path = self._now.path, path
+        try:
+            yield
+        finally:
+            self._now.path = outer
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """While a call of the whole model runs."""
+        outer, self._now.rewritten = self._now.rewritten, False
+        try:
+            yield
+            if self._now.counting:
+                self.calls["rewritten" if self._now.rewritten else "original"] += 1
+        finally:
+            self._now.rewritten = outer
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """While the model is run to capture it."""
+        self._now.counting = False
+        try:
+            yield
+        finally:
+            self._now.counting = True
+
+    def report(self) -> Report:
+        """Every region's sites, by the variant that replaced most in it; near misses of all; the calls so far."""
+        chosen = [(path, self._best(path)) for path in self.paths if path in self.places]
+        misses = dict.fromkeys(
+            _miss_at(miss, path) for path in self.paths for v in self._of(path) for miss in v.report.near_misses
+        )
+        return Report(
+            model=self.model,
+            device=self.device,
+            frontend="dynamo",
+            nodes=sum(variant.report.nodes for _, variant in chosen),
+            sites=tuple(_site_at(site, path, self._first(v)) for path, v in chosen for site in v.report.sites),
+            near_misses=tuple(misses),
+            seconds=self._seconds(),
+            calls=self._calls(),
+            dry_run=any(variant.report.dry_run for variant in self.variants),
+        )
+
+    def _of(self, path: str) -> list[Variant]:
+        return list(self.places.get(path, {}).values())
+
+    def _best(self, path: str) -> Variant:
+        return max(self._of(path), key=lambda v: sum(site.status == "replaced" for site in v.report.sites))
+
+    def _first(self, variant: Variant) -> str:
+        """The region that a variant was made for."""
+        return next(path for path, variants in self.places.items() if id(variant) in variants)
+
+    def _seconds(self) -> Seconds:
+        total: Counter[str] = Counter()
+        for variant in self.variants:
+            total.update(variant.report.seconds.model_dump(by_alias=True))
+        return Seconds.model_validate(dict(total))
+
+    def _calls(self) -> Calls:
+        since = {f"{kernel}: {reason}": count for (kernel, reason), count in (fallbacks - self._before).items()}
+        return Calls(
+            rewritten=self.calls["rewritten"],
+            original=self.calls["original"],
+            fallbacks=since | dict(self.reasons),
+        )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _site_at(site: SiteReport, path: str, first: str) -> SiteReport:
+    """A site of a layer's graph, at one of the layers that it stands for."""
+    at = None if site.verified_at is None else _join(first, site.verified_at)
+    return site.model_copy(update={"id": _join(path, site.id), "module": _join(path, site.module), "verified_at": at})
+
+
+def _miss_at(miss: NearMissReport, path: str) -> NearMissReport:
+    return miss.model_copy(update={"module": _join(path, miss.module)})

@@ -1,0 +1,327 @@
+"""One graph of Dynamo's and its rewritten variants: one for each way in which its masks and positions are made.
+
+Dynamo's guards say for which calls the graph holds. Among those, a variant that rests on how an input was made
+answers the calls in which it was made so; the variant that rests on nothing answers the others. Whatever fails on the
+way, the graph as Dynamo gave it is the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import sympy
+import torch
+import torch.utils.checkpoint
+from torch.fx import GraphModule, Node
+
+from kreg.rewriters.capture import first_sentences
+from kreg.rewriters.continued import Continuation, continue_past, settle, symbols_of, values
+from kreg.rewriters.functional import functionalize
+from kreg.rewriters.graph import aten
+from kreg.rewriters.memory import reuse
+from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
+from kreg.rewriters.provenance import Made, origin_of
+from kreg.rewriters.report import Report
+
+log = logging.getLogger("kreg")
+
+Compiled = Callable[..., Any]
+Finish = Callable[[GraphModule, Sequence[Any]], Compiled]
+
+VARIANTS = 8
+"""Ways in which the inputs of one graph may be made; calls beyond them rest on nothing."""
+
+
+PASSED_ON = (torch.OutOfMemoryError, torch.utils.checkpoint._StopRecomputationError)
+"""Raised in the middle of a graph, and no failure of it."""
+
+
+class Listener(Protocol):
+    """Who keeps the account of what graphs were made and ran."""
+
+    def added(self, variant: Variant) -> None:
+        """A variant was made."""
+
+    def ran(self, variant: Variant) -> None:
+        """A variant in which something was replaced answered."""
+
+    def failed(self, reason: str) -> None:
+        """The original code answered, for this reason."""
+
+
+@dataclass(eq=False)
+class Variant:
+    """A rewritten graph, and what it rests on.
+
+    Attributes:
+        run: the graph as Dynamo calls it, with the further inputs after its own.
+        report: what was replaced.
+        continuation: how inputs have to have been made, or None.
+        conditions: what the sizes of a call have to be, beyond Dynamo's guards.
+        broken: it raised once, and is not asked again.
+    """
+
+    run: Compiled
+    report: Report
+    continuation: Continuation | None = None
+    conditions: tuple[Callable[[Mapping[Any, int]], bool], ...] = ()
+    broken: bool = False
+    replaced: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replaced = any(site.status == "replaced" for site in self.report.sites)
+
+    def further(self, inputs: Sequence[Any], symbols: Mapping[sympy.Expr, tuple[int, int]]) -> list[Any] | None:
+        """The further inputs for a call; None if the variant does not cover it."""
+        if self.broken:
+            return None
+        if self.conditions:
+            sizes = values(symbols, inputs)
+            if not all(condition(sizes) for condition in self.conditions):
+                return None
+        return [] if self.continuation is None else self.continuation.given(inputs)
+
+
+def captured(module: GraphModule, *rest: Any, **options: Any) -> Compiled:
+    """A graph of Dynamo's as something to call: see `CapturedGraph`.
+
+    What the graph checkpoints (``torch.utils.checkpoint``) is a graph of its own, captured and recomputed as such.
+    """
+    checkpoints = [
+        node for node in module.graph.nodes if node.target is torch.ops.higher_order.tag_activation_checkpoint
+    ]
+    if not checkpoints:
+        return CapturedGraph(module, *rest, **options)
+    for node in checkpoints:
+        inner = module.get_submodule(str(node.args[0].target))
+        assert isinstance(inner, GraphModule)
+        body = CapturedGraph(inner, *rest, **options)
+        with module.graph.inserting_before(node):
+            call = module.graph.call_function(_checkpointed(body, node), node.args[1:])
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    forward: Compiled = module.forward
+    return forward
+
+
+def _checkpointed(body: CapturedGraph, node: Node) -> Compiled:
+    options: dict[str, Any] = dict(node.kwargs)
+    if context := node.meta.get("_checkpoint_context_fn"):
+        options["context_fn"] = context
+
+    def checkpointed(*inputs: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(body, *inputs, **options)
+
+    return checkpointed
+
+
+class CapturedGraph:
+    """A graph of Dynamo's as something to call.
+
+    Args:
+        module: the graph.
+        settings: what was asked.
+        model: its name, for reports.
+        listener: who wants to know what happens.
+        finish: what makes a callable of a rewritten graph; its ``forward``, by default.
+    """
+
+    def __init__(
+        self,
+        module: GraphModule,
+        settings: Settings,
+        model: str,
+        listener: Listener | None = None,
+        finish: Finish | None = None,
+    ) -> None:
+        self.original = module.forward
+        self.settings = settings
+        self.model = model
+        self.listener = listener
+        self.finish = finish
+        self.variants: list[Variant] = []
+        self.base: Variant | None = None
+        self.lock = threading.RLock()
+        self.clock = Clock()
+        self.functional: GraphModule | None = None
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        try:
+            with self.clock.stage("capture"):
+                fakes = [node.meta["example_value"] for node in placeholders]
+                self.functional, self.signature = functionalize(module, fakes)
+        except Exception as error:
+            self._failed("a graph cannot be made functional", error)
+            return
+        inputs = [node for node in self.functional.graph.nodes if node.op == "placeholder"]
+        self.symbols = symbols_of(inputs)
+        self.watched = [i for i, node in enumerate(inputs) if _may_be_made(node, placeholders[i])]
+        with self.lock:  # now, so that what is assumed of sizes becomes Dynamo's guards
+            self._add(_examples(placeholders))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The graph's outputs."""
+        if self.functional is None:
+            return self.original(*inputs)
+        variant, further = self._choose(inputs)
+        if variant is None or not variant.replaced:
+            return self.original(*inputs)
+        try:
+            outputs = variant.run(*inputs, *further)
+        except PASSED_ON:
+            raise
+        except Exception as error:
+            outputs = self.original(*inputs)  # an error of the model's own is raised here
+            variant.broken = True
+            self._failed("a rewritten graph failed while running", error)
+            return outputs
+        if self.listener is not None:
+            self.listener.ran(variant)
+        return outputs
+
+    def _choose(self, inputs: Sequence[Any]) -> tuple[Variant | None, list[Any]]:
+        for variant in self.variants:
+            further = variant.further(inputs, self.symbols)
+            if further is not None:
+                return variant, further
+        with self.lock:
+            if len(self.variants) < VARIANTS and any(isinstance(origin_of(inputs[i]), Made) for i in self.watched):
+                made = self._add(inputs)
+                further = None if made is None else made.further(inputs, self.symbols)
+                if further is not None:
+                    return made, further
+            if self.base is None:
+                self._add(None)
+        if self.base is None or self.base.further(inputs, self.symbols) is None:
+            return None, []
+        return self.base, []
+
+    def _add(self, inputs: Sequence[Any] | None) -> Variant | None:
+        """Makes the variant for a call; the one that rests on nothing where none of its inputs is known."""
+        made = {i: o for i in self.watched if isinstance(o := origin_of(inputs[i]), Made)} if inputs else {}
+        try:
+            return self._made(made, inputs or ())
+        except Exception as error:
+            self._failed("a graph cannot be rewritten", error)
+            return None
+
+    def _made(self, made: dict[int, Made], inputs: Sequence[Any]) -> Variant:
+        assert self.functional is not None
+        small = {i: o for i, o in made.items() if inputs[i].dim() < 3}
+        for chosen in ([made] if made else []) + ([small] if small and len(small) < len(made) else []):
+            continuation = continue_past(self.functional, chosen, inputs)
+            if continuation is None:
+                continue
+            variant = self._variant(continuation.module, continuation)
+            if variant is not None:
+                self.variants.append(variant)
+                return variant
+        if self.base is None:
+            self.base = self._variant(self.functional, None)
+            assert self.base is not None
+        return self.base
+
+    def _variant(self, module: GraphModule, continuation: Continuation | None) -> Variant | None:
+        guards = _guards(module)
+        before = 0 if guards is None else len(guards)
+        with _apart():
+            done = rewrite_graph(module, self.settings, model=self.model, frontend="dynamo", clock=self.clock)
+        self.clock = Clock()
+        if not settle(done.module):
+            return None
+        conditions = () if guards is None or torch._guards.TracingContext.try_get() else _conditions(guards[before:])
+        run = self.original
+        if any(site.status == "replaced" for site in done.report.sites) and not self.settings.dry_run:
+            reuse(done.module)
+            run = self._callable(done.module)
+        variant = Variant(run, done.report, continuation, conditions)
+        if self.listener is not None:
+            self.listener.added(variant)
+        return variant
+
+    def _callable(self, module: GraphModule) -> Compiled:
+        """The graph as Dynamo calls it: new values of mutated inputs, which come first, are written back."""
+        fakes = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+        forward = module.forward if self.finish is None else self.finish(module, fakes)
+        targets = self.signature.written
+        if not targets:
+            return forward
+
+        def run(*inputs: Any) -> tuple[Any, ...]:
+            outputs: tuple[Any, ...] = forward(*inputs)
+            for position, value in zip(targets, outputs, strict=False):
+                aten.copy_.default(inputs[position], value)
+            return tuple(outputs[len(targets) :])
+
+        return run
+
+    def _failed(self, what: str, error: Exception) -> None:
+        reason = f"{what}: {type(error).__name__}: {first_sentences(error, 300)}"
+        if reason not in _logged:
+            log.warning("%s. The original code answers", reason)
+        _logged[reason] += 1
+        log.debug("%s", reason, exc_info=error)
+        if self.listener is not None:
+            self.listener.failed(reason)
+
+
+_logged: Counter[str] = Counter()
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Apart from the call in whose middle a graph is made: its autocast, its checkpoint, its random numbers."""
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        stack.enter_context(torch.random.fork_rng())
+        yield
+
+
+def _may_be_made(node: Node, placeholder: Node) -> bool:
+    """Whether an input may be a mask or positions: no weight, and no activation that gradients flow from."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or node.meta.get("trains", False):
+        return False
+    return not isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter)
+
+
+def _examples(placeholders: Sequence[Node]) -> list[Any] | None:
+    """The real inputs of the call for which Dynamo captures the graph."""
+    graphargs = [node.meta.get("grapharg") for node in placeholders]
+    if any(arg is None for arg in graphargs):
+        return None
+    try:
+        examples = [arg.example for arg in graphargs]  # type: ignore[union-attr]
+    except Exception:  # a tensor that is gone already
+        return None
+    return [e.node.hint if isinstance(e, torch.SymInt) else e for e in examples]  # int(e) would fix the size
+
+
+def _guards(module: GraphModule) -> list[Any] | None:
+    for node in module.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            guards: list[Any] = mode.shape_env.guards
+            return guards
+    return None
+
+
+def _conditions(guards: Sequence[Any]) -> tuple[Callable[[Mapping[Any, int]], bool], ...]:
+    """What was assumed of sizes after Dynamo's guards were made."""
+
+    def condition(expression: Any) -> Callable[[Mapping[Any, int]], bool]:
+        return lambda sizes: bool(expression.subs(sizes) == sympy.true)
+
+    return tuple(condition(guard.expr) for guard in guards)
