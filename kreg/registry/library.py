@@ -145,7 +145,22 @@ def _call(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     kernel = resolve(op.name, arguments.pop("kernel", ""))
     if kernel.checks:
         kernel = _checked(op, kernel, arguments)
-    return results(kernel.forward(**arguments))
+    try:
+        return results(kernel.forward(**arguments))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        found = results(op.reference(**arguments))  # where the arguments are at fault, this raises too
+        _raised(kernel.name, "", error)
+        return found
+
+
+def _raised(kernel: str, where: str, error: Exception) -> None:
+    """Counts a kernel that raised and was answered for by the reference; said once in the log."""
+    reason = f"raised{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if (kernel, reason) not in fallbacks:
+        log.warning("kernel %s %s. The reference computes the call", kernel or "(reference)", reason)
+    fallbacks[kernel, reason] += 1
 
 
 def _checked(op: Op, kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:
@@ -173,7 +188,13 @@ def _call_backward(
     if chosen.checks:
         chosen = _checked(op, chosen, arguments)
     run = chosen.backward or _recompute(chosen.forward)
-    found = run(tuple(grads), tuple(outputs), needed, **arguments)
+    try:
+        found = run(tuple(grads), tuple(outputs), needed, **arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        found = _recompute(op.reference)(tuple(grads), tuple(outputs), needed, **arguments)
+        _raised(chosen.name, " in its backward", error)
     return [
         found[name].to(tensor.dtype).contiguous() if name in needed and tensor is not None else outputs[0].new_empty(0)
         for name, tensor in arguments.items()
@@ -236,6 +257,63 @@ def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
         return tuple(by_name.get(name) for name in positional)
 
     return backward
+
+
+def direct(op: Op) -> Callable[..., Any]:
+    """``torch.ops.kreg.<name>`` without the dispatcher, for plain tensors: a call costs little more than its kernel.
+
+    Fake tensors, subclasses, dispatch modes and the profiler get the operator itself.
+    """
+    operator = overload(op)
+    tensors = tuple(op.tensors)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0]
+        if type(first) not in _PLAIN or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+            return operator(*args, **kwargs)
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            arguments = bind(op, args, kwargs)
+            kernel = arguments.pop("kernel", "")
+            values = [arguments.pop(name, None) for name in tensors]
+            found = _Direct.apply(op, kernel, arguments, *values)  # type: ignore[no-untyped-call]
+            return found[0] if op.outputs == 1 else found
+        return _packed(op, _call(op, bind(op, args, kwargs)))
+
+    call.__name__ = f"kreg_{op.name}"
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _Direct(torch.autograd.Function):
+    """An op's call and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, kernel: str, attributes: dict[str, Any], *values: Any) -> tuple[torch.Tensor, ...]:
+        found = _call(op, dict(zip(op.tensors, values, strict=True)) | attributes | {"kernel": kernel})
+        ctx.op, ctx.kernel, ctx.attributes = op, kernel, attributes
+        ctx.save_for_backward(*values, *found)
+        ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        op: Op = ctx.op
+        needs = [
+            name in op.differentiable and bool(need)
+            for name, need in zip(op.tensors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        if not any(needs) or all(g is None for g in grads):
+            return (None,) * (3 + len(needs))
+        saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each reading
+        count = len(op.tensors)
+        found = _call_backward(
+            op, list(grads), list(saved[:count]), list(saved[count:]), needs, kernel=ctx.kernel, **ctx.attributes
+        )
+        return (None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
 
 
 def _gradient_slot(like: torch.Tensor, tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:

@@ -127,6 +127,7 @@ def make_plan(
     *,
     enable: Iterable[str] = (),
     disable: Iterable[str] = (),
+    elsewhere: Iterable[str] = (),
 ) -> Plan:
     """Choose a kernel for every site of a graph at once.
 
@@ -140,13 +141,19 @@ def make_plan(
         enable: kernels, by name or as ``provider.*``, to prefer wherever they are eligible, at any cost; the
             kernels that they exclude are off.
         disable: kernels, by name or pattern, not to use.
+        elsewhere: kernels that other graphs of the same model use already; what they exclude is off.
 
     Raises:
         SelectionError: an unknown name, a kernel both enabled and disabled, or two enabled that exclude each
             other.
     """
     wanted, off = selected(catalogue, enable, disable)
-    options = [_options(site, catalogue, environment).without(off) for site in sites]
+    taken = {
+        name: f"it and {other} exclude each other, and {other} is used in another part of the model"
+        for other in sorted(elsewhere)
+        for name in catalogue.excluded_by(other)
+    }
+    options = [_options(site, catalogue, environment).without(off).without(taken) for site in sites]
     usable = {name for o in options for name in o.candidates} & set(wanted)
     shadowed = {
         name: f"it and {other} exclude each other, and {other} is enabled"

@@ -45,6 +45,12 @@ class Account:
         self.variants.append(variant)
         self._answers(variant)
 
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The kernels in use so far."""
+        sites = (site for variant in self.variants for site in variant.report.sites)
+        return frozenset(site.kernel for site in sites if site.kernel is not None)
+
     def ran(self, variant: Variant) -> None:
         """A variant answered for the region that is running."""
         self._now.rewritten = True
@@ -91,7 +97,7 @@ class Account:
 
     def report(self) -> Report:
         """Every region's sites, by the variant that replaced most in it; near misses of all; the calls so far."""
-        chosen = [(path, self._best(path)) for path in self.paths if path in self.places]
+        chosen = [(path, variant) for path in self.paths for variant in self._best(path)]
         misses = dict.fromkeys(
             _miss_at(miss, path) for path in self.paths for v in self._of(path) for miss in v.report.near_misses
         )
@@ -110,8 +116,13 @@ class Account:
     def _of(self, path: str) -> list[Variant]:
         return list(self.places.get(path, {}).values())
 
-    def _best(self, path: str) -> Variant:
-        return max(self._of(path), key=lambda v: sum(site.status == "replaced" for site in v.report.sites))
+    def _best(self, path: str) -> list[Variant]:
+        """Of each graph of a region the variant that replaced most; several graphs where Dynamo breaks the region."""
+        graphs: dict[int, list[Variant]] = {}
+        for variant in self._of(path):
+            graphs.setdefault(variant.graph, []).append(variant)
+        best = [max(g, key=_replaced) for g in graphs.values()]
+        return _distinct(sorted(best, key=_replaced, reverse=True))
 
     def _first(self, variant: Variant) -> str:
         """The region that a variant was made for."""
@@ -130,6 +141,22 @@ class Account:
             original=self.calls["original"],
             fallbacks=since | dict(self.reasons),
         )
+
+
+def _replaced(variant: Variant) -> int:
+    return sum(site.status == "replaced" for site in variant.report.sites)
+
+
+def _distinct(variants: list[Variant]) -> list[Variant]:
+    """Without the graphs of the same code for other calls: with gradients and without, of other sizes."""
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for variant in variants:
+        sites = {(site.op, site.module) for site in variant.report.sites}
+        if sites and not sites & seen:
+            kept.append(variant)
+            seen |= sites
+    return kept or variants[:1]
 
 
 def _join(*parts: str) -> str:

@@ -10,7 +10,13 @@ from kreg.rewriters.graph import aten, users
 from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE, softmax_of
 
 SDPA = aten.scaled_dot_product_attention.default
-DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default, operator.getitem})
+DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default})
+SPLITS = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int})
+"""What gives several tensors, each a part of one."""
+
+PASSING = frozenset({*LAYOUT, *POINTWISE, *SPLITS, *DROPOUTS})
+"""What attention weights may go through on the way to the values."""
+
 DEPTH = 12
 """Steps between the softmax and either product, at most."""
 
@@ -65,7 +71,6 @@ def _to_product(node: Node, depth: int) -> bool:
     if depth == 0:
         return False
     for user in users(node):
-        passes = user.target in LAYOUT or user.target in POINTWISE or user.target in DROPOUTS
-        if user.target in CONTRACTIONS or (passes and _to_product(user, depth - 1)):
+        if user.target in CONTRACTIONS or (user.target in PASSING and _to_product(user, depth - 1)):
             return True
     return False

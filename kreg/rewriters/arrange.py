@@ -8,16 +8,18 @@ and every order that a model may keep them in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.graph import aten, shape_of
+from kreg.rewriters.graph import aten, dtype_of, shape_of
 from kreg.rewriters.lift import Index, Lifter
 from kreg.rewriters.notation import Expr, Sized, Var
 from kreg.rewriters.site import Call, Calls, Extent, Operand, Refused
+from kreg.rewriters.stretches import Stretch, on, split
 
 Group = tuple[Var, ...]
 """Index variables that make one dimension of an op, most significant first; none for a dimension of size 1."""
@@ -56,16 +58,62 @@ def arrange(
     return Operand(node, (*calls, *_moves(have, want, full, like)))
 
 
+def laid_out(
+    e: Expr, key: Var, want: Sequence[Group], what: str, dtype: torch.dtype, like: Sequence[Extent] = ()
+) -> Operand:
+    """An operand that is an element of one tensor, or of several that follow one another along the key.
+
+    Raises:
+        Refused: as `arrange`; or it is no such element.
+    """
+    if stretches := split(e, key):
+        each = [(s, laid_out(on(e, key, s), s.variable, renamed(want, key, s), what, dtype, like)) for s in stretches]
+        return in_a_row(each, list(want).index((key,)), len(want), like)
+    if not isinstance(e, n.Load):
+        raise Refused(f"the {what} are not elements of tensors")
+    return arrange(e.node, e.index, want, what, full=True, like=like).cast(dtype)
+
+
+def renamed(want: Sequence[Group], key: Var, stretch: Stretch) -> list[Group]:
+    """The dimensions wanted of a stretch of the key."""
+    return [(stretch.variable,) if group == (key,) else group for group in want]
+
+
+def in_a_row(
+    parts: Sequence[tuple[Stretch, Operand | None]], dim: int, rank: int, like: Sequence[Extent], value: float = 0.0
+) -> Operand:
+    """Tensors that follow one another along a dimension as one; ``value`` where there is none."""
+    known = next(part for _, part in parts if part is not None)
+
+    def filled(stretch: Stretch) -> Operand:
+        sizes: list[int | Extent] = [-1] * rank
+        sizes[dim] = extent_of(stretch.variable, like)
+        one = known.then(aten.slice.Tensor, dim, 0, 1).then(aten.full_like.default, value)
+        return one.then(aten.expand.default, sizes)
+
+    first, *others = [filled(stretch) if part is None else part for stretch, part in parts]
+    return first.then(aten.cat.default, others, dim)
+
+
 def bind(
-    lifter: Lifter, expression: Expr, want: Sequence[Group], what: str, like: Sequence[Extent] = (), full: bool = False
+    lifter: Lifter,
+    expression: Expr,
+    want: Sequence[Group],
+    what: str,
+    like: Sequence[Extent] = (),
+    full: bool = False,
+    region: Collection[Node] = (),
 ) -> Operand:
     """The tensor that holds an expression: of the nodes whose element it is, the innermost that lines up.
+
+    Args:
+        region: nodes that are asked first; other code may compute the same again.
 
     Raises:
         Refused: none does.
     """
     refusal = Refused(f"the {what} has no tensor of its own")
-    found = lifter.origins.get(expression, ())
+    found = sorted(lifter.origins.get(expression, ()), key=lambda origin: origin[0] not in region)
     for node, index in found:
         try:
             held = arrange(node, index, want, what, full=full, like=like)
@@ -73,6 +121,36 @@ def bind(
             return replace(held, same=same)
         except Refused as refused:
             refusal = refused
+    raise refusal
+
+
+def condition(
+    lifter: Lifter,
+    e: Expr,
+    want: Sequence[Group],
+    what: str,
+    like: Sequence[Extent] = (),
+    full: bool = False,
+    region: Collection[Node] = (),
+) -> Operand:
+    """The boolean tensor that holds a condition: made of the numbers it asks about, or bound, or that of its opposite.
+
+    Raises:
+        Refused: there is none that lines up.
+    """
+    refusal = Refused(f"the {what} has no tensor of its own")
+    for expression, negate in ((e, False), (n.not_(e), True)):
+        try:
+            match expression:
+                case n.Apply("not", (n.Apply("eq0", (n.Load(node, index),)),)):
+                    held = arrange(node, index, want, what, full=full, like=like)
+                case _:
+                    held = bind(lifter, expression, want, what, like, full, region)
+        except Refused as refused:
+            refusal = refused
+            continue
+        held = held if dtype_of(held.node) is torch.bool else held.then(aten.ne.Scalar, 0)
+        return held.then(aten.logical_not.default) if negate else held
     raise refusal
 
 

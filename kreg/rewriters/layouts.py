@@ -37,7 +37,11 @@ def _strides(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _hint(stride: int | torch.SymInt) -> int:
-    return stride if isinstance(stride, int) else int(stride.node.hint)
+    """A stride to sort by: the example's; sizes that depend on data count as 2."""
+    if isinstance(stride, int):
+        return stride
+    known = stride.node.shape_env.backed_var_to_val
+    return int(stride.node.expr.xreplace({s: known.get(s, 2) for s in stride.node.expr.free_symbols}))
 
 
 def _tells(user: Node) -> bool:

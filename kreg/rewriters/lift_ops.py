@@ -354,15 +354,26 @@ COPIED = 30
 def _clamp(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
     found = lifter.value(_args(node)[0], index)
-    if n.is_integral(found) and sum(1 for _ in found.walk()) > COPIED:
-        return None
+    if n.is_integral(found):
+        bounds = [None if bound is None else _scalar(bound) for bound in (low, high) if not isinstance(bound, float)]
+        return _clamped(found, *bounds) if len(bounds) == 2 else None
     if isinstance(low, (int, float)):
         found = _floor(found, n.Const(low))
     elif low is not None:
         return None
-    if high is None:
-        return found
-    return n.neg(n.larger(n.neg(found), n.Const(-high))) if isinstance(high, int) and n.is_integral(found) else None
+    return found if high is None else None
+
+
+def _clamped(e: Expr, low: Expr | None, high: Expr | None) -> Expr | None:
+    """An integer within bounds; a choice stays one, of integers within bounds."""
+    if isinstance(e, n.Apply) and e.function == "where":
+        yes, no = (_clamped(branch, low, high) for branch in e.arguments[1:])
+        return None if yes is None or no is None else n.where(e.arguments[0], yes, no)
+    if sum(1 for _ in e.walk()) > COPIED:
+        return None
+    if low is not None:
+        e = n.larger(e, low)
+    return e if high is None else n.neg(n.larger(n.neg(e), n.neg(high)))
 
 
 def _numeric(e: Expr) -> Expr:
@@ -597,9 +608,19 @@ def _index(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     at = [lifter.element(t, broadcast(middle, t)) for t in tensors]
     for place in at:
         low = n.lower(place)
-        if low is None or not n.never_negative(low):
+        if not _is_place(place) and (low is None or not n.never_negative(low)):
             return None
     return lifter.element(source, (*index[: used[0]], *at, *index[used[0] + width :]))
+
+
+def _is_place(e: Expr) -> bool:
+    """Whether an element is one that a top-k picked: never negative."""
+    return (
+        isinstance(e, n.Load)
+        and e.node.target is operator.getitem
+        and e.node.args[1] == 1
+        and e.node.args[0].target is aten.topk.default
+    )
 
 
 def _index_put(lifter: Lifter, node: Node, index: Index) -> Expr | None:

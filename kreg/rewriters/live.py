@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -127,7 +128,7 @@ class RegionCall(_Call):
             if not alone:
                 return self.module._call_impl(*args, **kwargs)
             try:
-                with owner.account.region(self.path), torch._dynamo.config.patch(specialize_float=True):
+                with owner.account.region(self.path), _thread.capturing:
                     return self._compiled(first, (args, kwargs))(self.module, *args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
                 owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
@@ -146,6 +147,11 @@ class RegionCall(_Call):
 class _Thread(threading.local):
     inside = ""
     """The outermost scope that runs in this thread: "" for none, "step" for one with a single position, "call"."""
+
+    def __init__(self) -> None:
+        # A scale or an epsilon is part of the code, and no input. Made once: making it takes longer than entering it.
+        # Sizes that depend on data (a boolean index) stay in the graph.
+        self.capturing = torch._dynamo.config.patch(specialize_float=True, capture_dynamic_output_shape_ops=True)
 
 
 _thread = _Thread()
@@ -257,3 +263,15 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 gathers parameters for a forward pass, and gives some back in the backward pass, which never comes here.
+
+    An optimizer made afterwards would hold the gathered ones, and train nothing.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes a second, for a model that has none of it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()

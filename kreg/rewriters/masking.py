@@ -8,7 +8,7 @@ additive masks are passed on as they are, and added.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch.utils._pytree import tree_leaves
 
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
-from kreg.rewriters.arrange import Group, arrange, bind
-from kreg.rewriters.graph import STORED, aten, dtype_of, is_tensor
+from kreg.rewriters.anchors import is_sdpa, logits_of
+from kreg.rewriters.arrange import Group, arrange, bind, condition, in_a_row, renamed
+from kreg.rewriters.graph import STORED, argument, aten, dtype_of, is_tensor
+from kreg.rewriters.lift import broadcast
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.scores import INFINITE, Bias, MaskTerm
 from kreg.rewriters.site import Claim, Extent, Mask, Operand, Refused
 from kreg.rewriters.softmax import Attention
+from kreg.rewriters.stretches import Stretch
 
 ABSORBING = -1e30
 """Added to a score in any float, this or less leaves nothing of it."""
@@ -58,7 +61,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     terms, biases, structure = scores.masks, scores.biases, _read(found, scores.masks)
     operands: dict[str, Operand] = {}
     if biases:
-        operands["bias"] = _sum(found, biases, like)
+        operands["bias"] = _sum(found, biases, found.roles.of_scores, like)
     structure, inputs = _inputs(found, terms, structure, like)
     operands |= inputs
     attributes = {
@@ -70,7 +73,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "empty": empty,
     }
     masked = "mask" in operands or not all(_is_moderate(b) for b in biases)
-    return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like))
+    return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like, biases))
 
 
 def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
@@ -137,17 +140,43 @@ def _is_small(node: Node) -> bool:
     return True
 
 
-def _sum(found: Attention, biases: Sequence[Bias], like: Sequence[Extent]) -> Operand:
-    """The biases as one tensor."""
+def _sum(
+    found: Attention, biases: Sequence[Bias], want: Sequence[Group], like: Sequence[Extent], full: bool = False
+) -> Operand:
+    """The biases as one tensor; ``full`` where they are those of a stretch of keys."""
     total: Operand | None = None
-    for bias in [part for whole in biases for part in _summands(found, whole)]:
-        expression, factor = _held(found, bias)
-        part = bind(found.lifter, expression, found.roles.of_scores, "bias", like)
-        if factor != 1.0:
-            part = part.then(aten.mul.Scalar, factor)
+    for bias in [part for whole in biases for part in _summands(found, whole, some=full)]:
+        if bias.stretches:
+            part = _along_keys(found, bias, lambda own, its: _sum(found, own, its, like, full=True), like)
+        else:
+            expression, factor = _held(found, bias)
+            part = _bound(found, expression, want, "bias", like, full)
+            part = part if factor == 1.0 else part.then(aten.mul.Scalar, factor)
         total = part if total is None else total.then(aten.add.Tensor, part)
     assert total is not None
     return total
+
+
+def _along_keys(
+    found: Attention,
+    term: MaskTerm | Bias,
+    tensor_of: Callable[[Any, Sequence[Group]], Operand],
+    like: Sequence[Extent],
+    value: float = 0.0,
+) -> Operand:
+    """The tensor of a term that is another for each stretch of keys; ``value`` where a stretch has none."""
+    key = found.roles.key
+    stretches: Sequence[tuple[Stretch, Sequence[Any]]] = term.stretches
+    varies = {x for _, own in stretches for part in own for x in part.expression.variables}
+    want = [group if group == (key,) or varies & set(group) else () for group in found.roles.of_scores]
+    parts = [(s, tensor_of(own, renamed(want, key, s)) if own else None) for s, own in stretches]
+    return in_a_row(parts, want.index((key,)), len(want), like, value)
+
+
+def _bound(
+    found: Attention, expression: Expr, want: Sequence[Group], what: str, like: Sequence[Extent], full: bool = False
+) -> Operand:
+    return bind(found.lifter, expression, want, what, like, full, found.region)
 
 
 def _held(found: Attention, bias: Bias) -> tuple[Expr, float]:
@@ -158,13 +187,18 @@ def _held(found: Attention, bias: Bias) -> tuple[Expr, float]:
     return next((way for way in ways if way[0] in found.lifter.origins), ways[0])
 
 
-def _summands(found: Attention, bias: Bias) -> Iterator[Bias]:
-    """The terms of a bias that have tensors: itself, or the terms that the model added to the scores one by one."""
+def _summands(found: Attention, bias: Bias, some: bool) -> Iterator[Bias]:
+    """The terms of a bias that have tensors: itself, or the terms that the model added to the scores one by one.
+
+    A number that is added to all scores changes nothing; one that is added to those of ``some`` keys does.
+    """
     match bias.expression:
-        case n.Apply("add", arguments) if _held(found, bias)[0] not in found.lifter.origins:
+        case n.Apply("add", arguments) if not bias.stretches and _held(found, bias)[0] not in found.lifter.origins:
             for part in arguments:
                 if not isinstance(part, n.Const):
-                    yield from _summands(found, replace(bias, expression=part))
+                    yield from _summands(found, replace(bias, expression=part), some)
+                elif some:
+                    raise Refused("a number is added to the scores of some of the keys", found.anchor)
                 elif abs(part.value * bias.factor) >= -masks.NEGLIGIBLE:
                     raise Refused("a large number is added to all scores", found.anchor)
         case _:
@@ -184,7 +218,7 @@ def _inputs(
     opaque = (*structure.rest, *structure.entries)
     try:
         if structure.documents is not None:
-            operands["documents"] = bind(found.lifter, structure.documents, keys, "documents", like, full=True)
+            operands["documents"] = _bound(found, structure.documents, keys, "documents", like, full=True)
         if structure.padding:
             padding = [_condition(found, c, keys, like, full=True) for c in structure.padding]
             operands["padding"] = _all(padding)
@@ -194,7 +228,7 @@ def _inputs(
     except Refused:
         whole = [t for t in terms if not _read(found, [t]).is_band] or list(terms)
         rest = _read(found, [t for t in terms if t not in whole])
-        return rest, {"mask": _all([_kept(found, t, like) for t in whole])}
+        return rest, {"mask": _all([_kept(found, t, roles.of_scores, like) for t in whole])}
 
 
 def _all(conditions: Sequence[Operand]) -> Operand:
@@ -205,41 +239,59 @@ def _all(conditions: Sequence[Operand]) -> Operand:
     return first
 
 
-def _kept(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Operand:
+def _kept(
+    found: Attention, term: MaskTerm, want: Sequence[Group], like: Sequence[Extent], full: bool = False
+) -> Operand:
     """A whole mask as a boolean tensor."""
-    want = found.roles.of_scores
+    if term.stretches:
+
+        def of_stretch(own: Sequence[MaskTerm], its: Sequence[Group]) -> Operand:
+            return _all([_kept(found, part, its, like, full=True) for part in own])
+
+        return _along_keys(found, term, of_stretch, like, value=True)
     if term.expression == term.keep:
-        return _condition(found, term.keep, want, like)
-    held = replace(bind(found.lifter, term.expression, want, "mask", like), levels=term.levels)
+        return _condition(found, term.keep, want, like, full=full)
+    held = replace(_bound(found, term.expression, want, "mask", like, full), levels=term.levels)
     return held.then(aten.gt.Scalar, masks.NEGLIGIBLE)
 
 
 def _condition(
     found: Attention, keep: Expr, want: Sequence[Group], like: Sequence[Extent], full: bool = False
 ) -> Operand:
-    """The tensor that holds a condition, negated where the model has its opposite."""
-    refusal = Refused("a condition on the scores has no tensor of its own", found.anchor)
-    for expression, negate in ((keep, False), (n.not_(keep), True)):
-        try:
-            held = bind(found.lifter, expression, want, "mask", like, full=full)
-        except Refused as refused:
-            refusal = refused
-            continue
-        if dtype_of(held.node) is not torch.bool:
-            held = held.then(aten.ne.Scalar, 0)
-        return held.then(aten.logical_not.default) if negate else held
-    raise refusal
+    return condition(found.lifter, keep, want, "mask", like, full, found.region)
 
 
-def claims(found: Attention, terms: Sequence[MaskTerm], like: Sequence[Extent]) -> tuple[Claim, ...]:
+def claims(
+    found: Attention, terms: Sequence[MaskTerm], like: Sequence[Extent], biases: Sequence[Bias] = ()
+) -> tuple[Claim, ...]:
     """The tensors that the model masks with: what was read of them is held against their values.
 
-    Of the nodes that hold a mask it is the one nearest to the scores, so that all that was read lies behind it.
+    Of the nodes that hold a mask it is the one nearest to the scores, so that all that was read lies behind it. Where
+    there are biases, which may be masks too, it is all that is added to the product.
     """
-    return tuple(_claim(found, term, like) for term in terms)
+    if is_sdpa(found.anchor) and argument(found.anchor, 5, "is_causal", False):
+        return (Claim(None, of="causal"),)
+    masked = tuple(_claim(found, term, like) for term in terms)
+    return (*masked, _added(found, like)) if biases else masked
+
+
+def _added(found: Attention, like: Sequence[Extent]) -> Claim:
+    """What the softmax is of, or what PyTorch's fused operator adds to the product."""
+    fused = is_sdpa(found.anchor)
+    node = argument(found.anchor, 3, "attn_mask") if fused else logits_of(found.anchor)[0]
+    try:
+        held = arrange(node, broadcast(found.place, node), found.roles.of_scores, "scores", like=like)
+    except Refused:
+        return Claim(None, of="scores")
+    return Claim(held, of="scores")
 
 
 def _claim(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Claim:
+    if term.stretches:
+        try:
+            return Claim(_kept(found, term, found.roles.of_scores, like))
+        except Refused:
+            return Claim(None)
     opposite = n.mul(n.Const(-1.0), term.expression)
     forms = (opposite, n.not_(term.keep), term.expression, term.keep)
     holders = {node: (form, index) for form in forms for node, index in found.lifter.origins.get(form, ())}
@@ -260,7 +312,7 @@ def _claim(found: Attention, term: MaskTerm, like: Sequence[Extent]) -> Claim:
 
 def _nearest(found: Attention, wanted: Collection[Node]) -> Iterator[Node]:
     """Those of some nodes that an attention is computed from, the nearest first; not looking far."""
-    seen = {found.q.node, found.k.node, found.v.node}
+    seen = {*found.operands}
     pending, missing = deque([found.output]), {*wanted}
     while pending and missing and len(seen) < FAR:
         node = pending.popleft()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
@@ -41,6 +41,7 @@ class Settings:
         portable: keep op nodes without kernels, also where no kernel is usable here.
         dry_run: plan only.
         dynamic: whether a live model's graph may cover other batches and lengths than the example's.
+        elsewhere: kernels that other graphs of the same model use.
         progress: called with a short sentence as each stage starts.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     dry_run: bool = False
     progress: Progress = quiet
     dynamic: bool = True
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
             settings.environment,
             enable=settings.enable,
             disable=settings.disable,
+            elsewhere=settings.elsewhere,
         )
     outcomes = _verify(module, findings, facts, plan, settings, clock)
     kept = [site for site in findings.sites if _holds(site, plan, outcomes, settings)]
@@ -123,10 +126,17 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcome of a site's verification, and the id of the site that was run: the first of those that are equal."""
+    """The outcome of a site's verification.
+
+    Attributes:
+        outcome: of the site that was run, the first of those that are equal.
+        at: the id of that site.
+        masked: what the second check of the site's own mask came to.
+    """
 
     outcome: verification.Outcome
     at: str
+    masked: mask_check.Checked
 
 
 Outcomes = dict[str, Verified]
@@ -151,12 +161,13 @@ def _verify(
             if choice is None or (choice.kernel is None and not settings.portable):
                 continue
             kernel, trains = "" if settings.portable else kernel_name(choice), facts[site.id].trainable
-            first = repeats.first(site, kernel, trains, mask_check.check(module, site))
+            masked = mask_check.check(module, site)
+            first = repeats.first(site, kernel, trains, masked)
             if first is site:
                 settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
-                outcomes[site.id] = Verified(verification.verify(module, site, kernel, trains), site.id)
+                outcomes[site.id] = Verified(verification.verify(module, site, kernel, trains), site.id, masked)
             else:
-                outcomes[site.id] = outcomes[first.id]
+                outcomes[site.id] = replace(outcomes[first.id], masked=masked)
     return outcomes
 
 
@@ -166,6 +177,10 @@ def _holds(site: Site, plan: Plan, outcomes: Outcomes, settings: Settings) -> bo
         return False
     verified = outcomes.get(site.id)
     return verified is None or verified.outcome.result is None or verified.outcome.result.passed
+
+
+def _is_masked(site: Site) -> bool:
+    return site.mask is not None and site.mask.kind != "full"
 
 
 def _site_report(
@@ -187,6 +202,8 @@ def _site_report(
         kernel, reason = None, "portable: the kernel is chosen where the program is lowered"
     if outcome is not None and outcome.reason:
         reason = outcome.reason if not replaced else f"{reason}; {outcome.reason}"
+    if verified is not None and replaced and _is_masked(site) and verified.masked.passed is None:
+        reason = f"{reason}; its mask was not run by itself: {verified.masked.reason}"
     removed = raised.removed.get(site.id, ()) if replaced else ()
     return SiteReport(
         id=site.id,

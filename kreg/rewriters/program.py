@@ -67,15 +67,14 @@ def functional(program: ExportedProgram) -> Functional:
         new.meta = {**old.meta, **new.meta}
     module.recompile()
     specs = program.graph_signature.input_specs
-    written = {signature.user_inputs.index(target) for target in signature.user_inputs_to_mutate.values()}
     for position, spec in enumerate(specs):
-        if position in written:
+        if position in signature.written:
             inputs[position].meta[WRITTEN] = True
         elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
             inputs[position].meta |= _stored(program, spec)
     with torch.enable_grad():
         trace_gradients(module, values)  # again, now that stored tensors are known
-    mutated = [specs[signature.user_inputs.index(target)] for target in signature.user_inputs_to_mutate.values()]
+    mutated = [specs[position] for position in signature.written]
     outputs = _output_specs(program, module, mutated)
     return Functional(program, module, ExportGraphSignature(list(specs), outputs))
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,27 +106,43 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    return type(tensor) in (torch.Tensor, FakeTensor) and tensor.layout is torch.strided
+
+
+def _number(tensor: torch.Tensor) -> Any:
+    """The number that a tensor without dimensions holds on the host; None for any other tensor."""
+    if tensor.dim() or tensor.device.type != "cpu" or tensor.requires_grad:
+        return None
+    known = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+    return None if known is None else known.item()
 
 
 class Recorder(TorchDispatchMode):
     """Notes how tensors are made while it is active. Nothing that runs is changed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func._schema.is_mutable:
+        result = func(*args, **(kwargs or {}))
+        writes, repeatable = _kind(func)
+        if writes:
             for tensor in _tensors((args, kwargs)):
                 if _plain(tensor):
                     _table.forget(tensor)
-        elif torch.Tag.nondeterministic_seeded not in func.tags:
-            _note(func, args, kwargs, result)
+        elif repeatable and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            _note(func, args, kwargs or {}, result)
         return result
 
 
+@cache
+def _kind(func: Any) -> tuple[bool, bool]:
+    """Whether an operator writes into its arguments, and whether it gives the same result for the same ones."""
+    return func._schema.is_mutable, torch.Tag.nondeterministic_seeded not in func.tags
+
+
 def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    outputs = result if isinstance(result, (tuple, list)) else (result,)
-    if not all(isinstance(output, torch.Tensor) and _plain(output) for output in outputs):
+    if isinstance(result, torch.Tensor):
+        if not _plain(result):
+            return
+    elif not isinstance(result, (tuple, list)) or not all(isinstance(r, torch.Tensor) and _plain(r) for r in result):
         return
     try:
         made_args, made_kwargs = _described(args), {name: _described(value) for name, value in kwargs.items()}
@@ -137,7 +155,7 @@ def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     if isinstance(result, torch.Tensor):
         _table.note(result, made)
         return
-    for i, output in enumerate(outputs):
+    for i, output in enumerate(result):
         _table.note(output, Made(operator.getitem, (made, i), {}, depth))
 
 
@@ -161,8 +179,9 @@ def _origin_or_number(tensor: torch.Tensor) -> Any:
     known = _table.find(tensor)
     if known is not None:
         return known
-    if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
-        return Made(torch.ops.aten.full.default, ([], tensor.item()), {"dtype": tensor.dtype, "device": "cpu"}, 1)
+    number = _number(tensor)
+    if number is not None:
+        return Made(torch.ops.aten.full.default, ([], number), {"dtype": tensor.dtype, "device": "cpu"}, 1)
     if tensor.is_floating_point() or tensor.is_complex():
         return _raise()
     given = Given(tensor)

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from kreg.registry.library import overload
 from kreg.rewriters.graph import aten, upstream
 from kreg.rewriters.layouts import loosen, restored
-from kreg.rewriters.site import Calls, Extent, Operand, Output, Site
+from kreg.rewriters.site import Calls, Extent, Operand, Output, Site, positional
 
 log = logging.getLogger("kreg")
 
@@ -105,7 +105,7 @@ def emit(graph: Graph, site: Site, copy: Callable[[Node], Node], kernel: str = "
 
     def apply(node: Node, calls: Calls) -> Node:
         for target, args in calls:
-            node = call(target, node, *(fill(argument) for argument in args))
+            node = call(target, *positional(target, node, [fill(argument) for argument in args]))
         return node
 
     def bring(operand: Operand | None) -> Node | None:

@@ -75,7 +75,7 @@ class Roles:
         return self.batch, self.heads + self.repeats, self.query, self.channel
 
 
-def assign(index: Index, weights: Index, key: Var, scores: Scores, v: n.Load, sink: Expr | None, output: Node) -> Roles:
+def assign(index: Index, weights: Index, key: Var, scores: Scores, v: Expr, sink: Expr | None, output: Node) -> Roles:
     """Gives the variables of a result's index their roles.
 
     Args:
@@ -85,7 +85,7 @@ def assign(index: Index, weights: Index, key: Var, scores: Scores, v: n.Load, si
     Raises:
         Refused: a variable that fits none.
     """
-    q, k = scores.product.q, scores.product.k
+    q, k = scores.product.q, scores.product.keys
     outer = [x for x in _ordered(weights) if x != key]
     result = {x for i in index for x in i.variables}
     channel = tuple(x for x in _ordered(index) if x in v.variables and x not in outer)

@@ -14,9 +14,11 @@ import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
+from kreg.rewriters.lift import Lifter
 from kreg.rewriters.masks import NEGLIGIBLE, keep_of
 from kreg.rewriters.notation import Expr, Var
 from kreg.rewriters.site import Refused
+from kreg.rewriters.stretches import Stretch, join, lifted_on, split
 
 INFINITE = float("-inf")
 
@@ -31,6 +33,7 @@ class MaskTerm:
         value: what a masked key's score becomes, or is added to it; NaN where there are several such numbers.
         added: whether it is added, not filled in.
         depth: how many fills were around it.
+        stretches: the masks that it is made of, where each stretch of keys has its own; there may be none.
     """
 
     keep: Expr
@@ -38,6 +41,7 @@ class MaskTerm:
     value: float
     added: bool
     depth: int
+    stretches: tuple[tuple[Stretch, tuple[MaskTerm, ...]], ...] = ()
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -49,25 +53,34 @@ class MaskTerm:
 
 @dataclass(frozen=True)
 class Bias:
-    """A term added to the scores: ``factor * expression``; ``depth`` as in `MaskTerm`."""
+    """A term added to the scores: ``factor * expression``; ``depth`` and ``stretches`` as in `MaskTerm`."""
 
     expression: Expr
     factor: float
     depth: int
+    stretches: tuple[tuple[Stretch, tuple[Bias, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Product:
-    """``sum over channels of q * k``, q indexed by the query and k by the key.
+    """``sum over channels of q * keys``, q indexed by the query and keys by the key.
 
-    ``factor`` is a constant, ``tempers`` are factors that no key has: they may as well be the queries'.
+    ``factor`` is a constant, ``tempers`` are factors that no key has: they may as well be the queries'. ``keys`` is an
+    element of one tensor, or on each stretch of keys one of another.
     """
 
     q: n.Load
-    k: n.Load
+    keys: Expr
     channels: tuple[Var, ...]
     factor: float
     tempers: tuple[Expr, ...] = ()
+
+    @property
+    def k(self) -> n.Load:
+        """The element of the one tensor that holds the keys."""
+        if not isinstance(self.keys, n.Load):
+            raise Refused("the keys are in several tensors")
+        return self.keys
 
 
 @dataclass(frozen=True)
@@ -93,25 +106,22 @@ class Scores:
     @property
     def keep(self) -> Expr:
         """The condition that all masks together make."""
-        result: Expr = n.TRUE
-        for mask in self.masks:
-            result = n.and_(result, mask.keep)
-        return result
+        return _together(self.masks)
 
 
 @dataclass
 class _Terms:
+    lifter: Lifter
     key: Expr
     result: torch.dtype
     at: Node
+    whole: bool = False  # leave what is added as it is
+    some: bool = False  # these are but some of the keys: what they share is no shift of all
     masks: list[MaskTerm] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     shift: list[Expr] = field(default_factory=list)
-    cores: list[tuple[Expr, float, int]] = field(default_factory=list)
+    cores: list[Bias] = field(default_factory=list)
     floored: bool = False
-    gates: list[Expr] = field(default_factory=list)
-    gated: list[tuple[n.Apply, float, int]] = field(default_factory=list)
-    whole: bool = False  # leave what is added as it is
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
         if isinstance(e, n.Apply) and e.function == "add" and self._is_worth_splitting(e):
@@ -130,9 +140,6 @@ class _Terms:
             self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
             return
         match e:
-            case n.Apply("mul", factors) if has_product(e) and any(gate(f) is not None for f in factors):
-                self.gated.append((e, factor, depth))
-                return
             case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
                 return
@@ -153,20 +160,23 @@ class _Terms:
                 return
         if isinstance(e, n.Softmax):
             raise Refused("the logits hold another softmax", self.at)
-        if has_product(e):
-            self.cores.append((e, factor, depth))
-        else:
-            self.biases.append(Bias(e, factor, depth))
+        (self.cores if has_product(e) else self.biases).append(Bias(e, factor, depth))
 
-    def settle(self) -> None:
-        """Products that are multiplied by a condition: biases beside another product, else the scores themselves."""
+    def settle(self) -> list[Expr]:
+        """Products that are multiplied by conditions: biases beside another product, else the scores themselves.
+
+        Returns:
+            The conditions that the scores are multiplied by.
+        """
+        gated = [core for core in self.cores if gates(core.expression)]
+        self.cores = [core for core in self.cores if core not in gated]
         if self.cores:
-            self.biases.extend(Bias(*found) for found in self.gated)
-            return
-        gated, self.gated = self.gated, []
-        for e, factor, depth in gated:
-            self.gates.extend(g for f in e.arguments if (g := gate(f)) is not None)
-            self.collect(n.product(tuple(f for f in e.arguments if gate(f) is None)), factor, depth)
+            self.biases.extend(gated)
+            return []
+        for core in gated:
+            ungated = tuple(f for f in factors_of(core.expression) if gate(f) is None)
+            self.collect(n.product(ungated), core.factor, core.depth)
+        return [condition for core in gated for condition in gates(core.expression)]
 
     def _parts(self, e: n.Apply) -> list[Expr]:
         """The terms of a sum; what is neither product, mask nor shared by all keys stays one term, as it was added."""
@@ -180,7 +190,7 @@ class _Terms:
                 apart.append(part)
             else:
                 together = n.add(together, part)
-        if not isinstance(together, n.Const):
+        if not isinstance(together, n.Const) or (self.some and together.value != 0):
             return [*apart, together]
         if abs(together.value) >= -NEGLIGIBLE:
             raise Refused(f"{together.value:g} is added to every score, in which little is left of them", self.at)
@@ -201,26 +211,35 @@ class _Terms:
 
 
 def take_apart(
-    logits: Expr, at: Expr, result: torch.dtype, node: Node, added_to: Scores | None = None, whole: bool = False
+    lifter: Lifter,
+    logits: Expr,
+    at: Expr,
+    result: torch.dtype,
+    node: Node,
+    added_to: Scores | None = None,
+    whole: bool = False,
+    some: bool = False,
 ) -> Scores:
     """Takes the logit of key ``at`` apart.
 
     Args:
+        lifter: what lifted it.
         logits: the logit, an expression.
         at: the index of the key: a variable, or an expression that stands for it.
         result: the dtype that weights are rounded to in the end; rounding to it on the way is no loss.
         node: what to name in refusals.
         added_to: the scores that the logits are added to, where the product is no part of them.
         whole: read nothing into what is added, so that every term but fills is a bias.
+        some: there are other keys beside these.
 
     Raises:
         Refused: the logits are not of the form above.
     """
-    terms = _Terms(at, result, node, whole=whole)
+    terms = _Terms(lifter, at, result, node, whole, some)
     terms.collect(logits, 1.0, 0)
-    terms.settle()
+    conditions = terms.settle()
     if added_to is not None:
-        terms.biases.extend(Bias(*core) for core in terms.cores)
+        terms.biases.extend(terms.cores)
         return replace(
             added_to,
             masks=tuple(terms.masks),
@@ -229,22 +248,105 @@ def take_apart(
             floored=terms.floored,
         )
     kept = {c for term in terms.masks for c in n.conjuncts(term.keep)}
-    if not all(c in kept for g in terms.gates for c in n.conjuncts(g)):
+    if not all(c in kept for g in conditions for c in n.conjuncts(g)):
         raise Refused("scores are multiplied by a condition that no mask repeats", node)
-    terms.floored |= bool(terms.gates)
-    if any(not term.value > INFINITE for term in terms.masks) and not all(map(_is_top, terms.shift)):
-        raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
     refusal = Refused("the logits are not one product of queries and keys", node)
     for core in terms.cores:
-        e, factor, _ = core
         try:
-            found, scale, softcap = _core(e, factor, at, node)
+            found = _of_core(core, terms)
         except Refused as refused:
             refusal = refused
             continue
-        biases = (*terms.biases, *_joined([Bias(*other) for other in terms.cores if other is not core]))
-        return Scores(found, scale, softcap, tuple(terms.masks), biases, tuple(terms.shift), terms.floored)
+        masks = (*terms.masks, *found.masks)
+        if any(not term.value > INFINITE for term in masks) and not all(map(_is_top, terms.shift)):
+            raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
+        others = _joined([other for other in terms.cores if other is not core])
+        return replace(
+            found,
+            masks=masks,
+            biases=(*terms.biases, *found.biases, *others),
+            shift=tuple(terms.shift),
+            floored=terms.floored or found.floored or bool(conditions),
+        )
     raise refusal
+
+
+def _of_core(core: Bias, terms: _Terms) -> Scores:
+    """A term with a product in it, as scores."""
+    stretches = split(core.expression, terms.key, lambda choice: all(map(has_product, choice.arguments[1:])))
+    if not stretches:
+        product, scale, softcap = _core(core.expression, core.factor, terms.key, terms.at)
+        return Scores(product, scale, softcap, (), (), ())
+
+    def own(stretch: Stretch) -> Scores:
+        assert isinstance(terms.key, Var)
+        e = n.mul(n.Const(core.factor), lifted_on(terms.lifter, core.expression, terms.key, stretch))
+        return take_apart(terms.lifter, e, stretch.variable, terms.result, terms.at, whole=terms.whole, some=True)
+
+    return _in_a_row([(stretch, own(stretch)) for stretch in stretches], terms.key, core.depth, terms.at)
+
+
+def _in_a_row(parts: Sequence[tuple[Stretch, Scores]], key: Expr, depth: int, node: Node) -> Scores:
+    """The scores of stretches of keys as those of all keys."""
+    assert isinstance(key, Var)
+    first = parts[0][1]
+    keys: list[tuple[Stretch, Expr]] = []
+    for stretch, scores in parts:
+        product = scores.product
+        names = dict[Var, Expr](zip(product.channels, first.product.channels, strict=False))
+        q, tempers = n.substitute(product.q, names), tuple(n.substitute(e, names) for e in product.tempers)
+        if [c.size for c in product.channels] != [c.size for c in first.product.channels] or q != first.product.q:
+            raise Refused("the keys are in several tensors that are not multiplied by the same queries", node)
+        if (scores.scale, scores.softcap, tempers) != (first.scale, first.softcap, first.product.tempers):
+            raise Refused("the keys are in several tensors, and their scores are scaled each in its own way", node)
+        keys.append((stretch, n.substitute(product.keys, names)))
+    masks = tuple((stretch, scores.masks) for stretch, scores in parts)
+    # what all keys of a stretch are shifted by, the others are not
+    biases = tuple(
+        (stretch, (*scores.biases, *(Bias(e, 1.0, depth) for e in scores.shift))) for stretch, scores in parts
+    )
+    return replace(
+        first,
+        product=replace(first.product, keys=join(keys, key)),
+        masks=(_mask_in_a_row(masks, biases, key, depth),) if any(own for _, own in masks) else (),
+        biases=(_bias_in_a_row(biases, key, depth),) if any(own for _, own in biases) else (),
+        shift=(),
+        floored=any(scores.floored for _, scores in parts),
+    )
+
+
+def _mask_in_a_row(
+    masks: tuple[tuple[Stretch, tuple[MaskTerm, ...]], ...],
+    biases: tuple[tuple[Stretch, tuple[Bias, ...]], ...],
+    key: Var,
+    depth: int,
+) -> MaskTerm:
+    """Masks of stretches as one: filled in with one number, or, where that is not certain, with one unknown."""
+    terms = [term for _, own in masks for term in own]
+    values = {term.value for term in terms}
+    plain = not any(term.added for term in terms) and all(len(own) <= 1 for _, own in masks)
+    alone = plain and not any(own for _, own in biases)
+    value = values.pop() if len(values) == 1 and (values == {INFINITE} or alone) else float("nan")
+    keep = join([(stretch, _together(own)) for stretch, own in masks], key)
+    return MaskTerm(keep, keep, value, added=not plain, depth=depth, stretches=masks)
+
+
+def _bias_in_a_row(biases: tuple[tuple[Stretch, tuple[Bias, ...]], ...], key: Var, depth: int) -> Bias:
+    sums: list[tuple[Stretch, Expr]] = []
+    for stretch, own in biases:
+        total: Expr = n.Const(0.0)
+        for bias in own:
+            total = n.add(total, n.mul(n.Const(bias.factor), bias.expression))
+        sums.append((stretch, total))
+    return Bias(join(sums, key), 1.0, depth, stretches=biases)
+
+
+def _together(masks: Sequence[MaskTerm]) -> Expr:
+    """The condition that some masks make together."""
+    result: Expr = n.TRUE
+    for mask in masks:
+        result = n.and_(result, mask.keep)
+    return result
 
 
 def _joined(biases: Sequence[Bias]) -> list[Bias]:
@@ -275,6 +377,11 @@ def gate(e: Expr) -> Expr | None:
         case n.Apply("where", (c, n.Const(yes), n.Const(no))) if {yes, no} == {0, 1}:
             return c if yes else n.not_(c)
     return None
+
+
+def gates(e: Expr) -> list[Expr]:
+    """The conditions among the factors of a product."""
+    return [condition for f in factors_of(e) if (condition := gate(f)) is not None]
 
 
 def summands(e: Expr) -> list[Expr]:
@@ -373,6 +480,11 @@ def sum_over(e: Expr) -> tuple[tuple[Var, ...], float, Expr]:
             return tuple(channels), factor, e
         channels.append(e.variable)
         e = e.body
+
+
+def terms_of(e: Expr) -> tuple[Expr, ...]:
+    """The terms of a sum."""
+    return e.arguments if isinstance(e, n.Apply) and e.function == "add" else (e,)
 
 
 def factors_of(e: Expr) -> tuple[Expr, ...]:

@@ -88,4 +88,4 @@ def _masked(lifter: Lifter, node: Node, index: Index, scores: Scores, whole: boo
         keep = n.truth(element)
         terms = () if keep == n.TRUE else (MaskTerm(keep, keep, INFINITE, added=False, depth=0),)
         return replace(scores, masks=terms)
-    return take_apart(element, index[-1], dtype_of(node), node, added_to=scores, whole=whole)
+    return take_apart(lifter, element, index[-1], dtype_of(node), node, added_to=scores, whole=whole)

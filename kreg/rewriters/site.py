@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -18,6 +18,11 @@ Call = tuple[Any, tuple[Any, ...]]
 
 Calls = tuple[Call, ...]
 """Operators to apply one after the other."""
+
+
+def positional(target: Any, value: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """All arguments of a call: what it is applied to comes first, in the list of what is joined where it joins."""
+    return ([value, *args[0]], *args[1:]) if target is aten.cat.default else (value, *args)
 
 
 class Refused(Exception):
@@ -70,7 +75,7 @@ class Operand:
 
         value: torch.Tensor = values[self.node]
         for target, args in self.calls:
-            value = target(value, *(fill(argument) for argument in args))
+            value = target(*positional(target, value, [fill(argument) for argument in args]))
         return value
 
     @property
@@ -105,10 +110,13 @@ class Claim:
     Attributes:
         operand: boolean, True where a key is kept; or additive, 0 there. None where no tensor could be named.
         levels: the values of an additive one that were read in the graph; none for a boolean one.
+        of: "keys" is such a mask; "scores" all that the model adds to the product of queries and keys, masks or not;
+            "causal" the mask that PyTorch's fused operator makes by itself, of which there is no tensor.
     """
 
     operand: Operand | None
     levels: tuple[float, ...] = ()
+    of: Literal["keys", "scores", "causal"] = "keys"
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,26 @@ in index notation, takes the scores apart (`scores.py`), and gives each index va
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.anchors import DROPOUTS, is_sdpa, is_stable, logits_of
+from kreg.rewriters.anchors import DROPOUTS, PASSING, is_sdpa, is_stable, logits_of
 from kreg.rewriters.arrange import Group
-from kreg.rewriters.graph import aten, dtype_of, shape_of, users
+from kreg.rewriters.graph import aten, dtype_of, shape_of, upstream, users
 from kreg.rewriters.lift import Index, Lifter
-from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE
+from kreg.rewriters.lift_ops import CONTRACTIONS
 from kreg.rewriters.notation import Expr, Var
 from kreg.rewriters.roles import Roles, assign
-from kreg.rewriters.scores import Scores, factors_of, sum_over, summands, take_apart
+from kreg.rewriters.scores import Scores, factors_of, sum_over, summands, take_apart, terms_of
 from kreg.rewriters.sdpa import read_sdpa, whole_sdpa
 from kreg.rewriters.site import Refused
+from kreg.rewriters.stretches import Stretch, extent, join, lifted_on
 
 Zeroed = Literal["never", "infinite", "always", "undefined"]
 MOST_CUTS = 6
@@ -39,7 +40,9 @@ class Attention:
         lifter: what lifted it.
         anchor: the softmax, or the fused operator.
         output: the product with the values, whose element was read at ``index``.
-        v: element of the values; q and k are in ``scores.product``.
+        place: where a key's logit stands: batch, heads, query and key in the model's own order.
+        values: element of the values, as that of the keys is in ``scores.product``: of one tensor, or on each stretch
+            of keys of another.
         scores: the logits taken apart.
         scores_at: the logits of another key than ``roles.key``.
         whole: the logits taken apart no further than the terms that the model adds.
@@ -54,7 +57,8 @@ class Attention:
     anchor: Node
     output: Node
     index: Index
-    v: n.Load
+    place: Index
+    values: Expr
     scores: Scores
     scores_at: Callable[[Expr], Scores]
     whole: Callable[[], Scores]
@@ -70,8 +74,36 @@ class Attention:
 
     @property
     def k(self) -> n.Load:
-        """Element of the keys."""
+        """Element of the keys, where they are one tensor."""
         return self.scores.product.k
+
+    @property
+    def v(self) -> n.Load:
+        """Element of the values, where they are one tensor."""
+        if not isinstance(self.values, n.Load):
+            raise Refused("the values are in several tensors", self.anchor)
+        return self.values
+
+    @cached_property
+    def region(self) -> frozenset[Node]:
+        """The nodes that compute the result from queries, keys, values, and whatever else the graph reads."""
+        return frozenset(upstream([self.output], {*self.operands}))
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """The nodes of queries, keys and values."""
+        parts = (self.q, *tensors(self.scores.product.keys), *tensors(self.values))
+        return tuple(dict.fromkeys(part.node for part in parts))
+
+
+def tensors(e: Expr) -> Iterator[n.Load]:
+    """The elements of tensors that an operand's element is, on one stretch of keys or another."""
+    match e:
+        case n.Load():
+            yield e
+        case n.Apply("where", (_, yes, no)):
+            yield from tensors(yes)
+            yield from tensors(no)
 
 
 def read(lifter: Lifter, anchor: Node) -> Attention:
@@ -121,21 +153,40 @@ def _cut(group: tuple[Var, ...], variable: Var, radix: int) -> tuple[Var, ...]:
 
 
 def _consumer(softmax: Node) -> Node:
-    """The one product that the weights go into; they may go nowhere else."""
-    node = softmax
-    while True:
+    """The product that the weights go into, or the sum of those that slices of them go into; they go nowhere else."""
+    open_ends = _products(softmax)
+    while len(open_ends) > 1:
+        first = min(open_ends)
+        following = users(first)
+        if len(following) != 1 or following[0].target not in PASSING:
+            raise Refused(_used_by(softmax), softmax)
+        open_ends = (open_ends - {first}) | {following[0]}
+    return open_ends.pop()
+
+
+def _products(softmax: Node) -> set[Node]:
+    """The products that weights go into."""
+    found: set[Node] = set()
+    pending: list[tuple[Node, Refused | None]] = [(softmax, None)]
+    while pending:
+        node, several = pending.pop()
         following = users(node)
-        if len(following) != 1:
-            names = ", ".join(user.name for user in following)
-            raise Refused(f"the attention weights are used more than once, by {names}", node)
-        (user,) = following
-        if user.target in CONTRACTIONS:
-            return user
-        if user.target in DROPOUTS and (user.target is not aten.dropout.default or _active(user)):
-            raise Refused(f"dropout is on for the attention weights (p={user.args[1]})", user)
-        if user.op != "call_function" or not (user.target in LAYOUT or user.target in POINTWISE):
-            raise Refused(f"the attention weights leave the region through {user.name}", user)
-        node = user
+        if len(following) > 1:
+            several = Refused(_used_by(node), node)
+        for user in following:
+            if user.target in CONTRACTIONS:
+                found.add(user)
+                continue
+            if user.target in DROPOUTS and (user.target is aten.native_dropout.default or _active(user)):
+                raise Refused(f"dropout is on for the attention weights (p={user.args[1]})", user)
+            if user.target not in PASSING:
+                raise several or Refused(f"the attention weights leave the region through {user.name}", user)
+            pending.append((user, several))
+    return found
+
+
+def _used_by(weights: Node) -> str:
+    return f"the attention weights are used more than once, by {', '.join(user.name for user in users(weights))}"
 
 
 def _active(dropout: Node) -> bool:
@@ -143,27 +194,24 @@ def _active(dropout: Node) -> bool:
 
 
 def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> Attention:
-    summed, factor, body = sum_over(lifter.element(output, index))
-    if len(summed) != 1:
-        raise Refused("the product with the values has a form that is not read", output)
-    key = Var("t", summed[0].size)
-    if key.size == 1:
-        raise Refused("there is a single key: its weight is no choice among keys", softmax)
-    body = n.substitute(body, {summed[0]: key})
-    weights, v, condition = _weighted_values(body, output)
-    if weights.node is not softmax:
-        raise Refused("the weights go through another softmax", softmax)
+    factor, result = n.scaled(lifter.element(output, index))
+    products = [_weighted(term, softmax, output) for term in terms_of(result)]
+    weights, condition = products[0].weights, products[0].condition
     source, dim = logits_of(softmax)
     if torch.promote_types(dtype_of(source), dtype_of(softmax)) != dtype_of(softmax):
         raise Refused("the softmax rounds its logits to a narrower dtype", softmax)
-    if weights.index[dim] not in (key, n.add(key, n.ONE)):
-        raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
-    if any(key in i.variables for d, i in enumerate(weights.index) if d != dim):
-        raise Refused("the weights are a diagonal", softmax)
+    key, first, values = _all_keys(products, softmax)
+    if key.size == 1:
+        raise Refused("there is a single key: its weight is no choice among keys", softmax)
+    if condition is not None:
+        condition, _ = (
+            lifted_on(lifter, e, products[0].variable, Stretch(n.ZERO, key)) for e in (condition, n.not_(condition))
+        )
+    at_key = (*weights.index[:dim], n.add(key, first), *weights.index[dim + 1 :])
 
     def scores_at(at: Expr, whole: bool = False) -> Scores:
-        place = tuple(n.substitute(i, {key: at}) for i in weights.index)
-        return take_apart(lifter.element(source, place), at, dtype_of(output), softmax, whole=whole)
+        place = tuple(n.substitute(i, {key: at}) for i in at_key)
+        return take_apart(lifter, lifter.element(source, place), at, dtype_of(output), softmax, whole=whole)
 
     def whole() -> Scores:
         return scores_at(key, whole=True)
@@ -171,10 +219,82 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
     scores = scores_at(key)
     if condition is not None and condition != scores.keep:
         raise Refused("weights are masked after the softmax by another condition than before it", output)
-    sinks = _sink(lifter, softmax, weights, key, scores)
-    roles = assign(index, weights.index, key, scores, v, sinks, output)
+    sinks = _sink(lifter, softmax, at_key, key, scores)
+    roles = assign(index, at_key, key, scores, values, sinks, output)
     zeroed: Zeroed = "always" if condition is not None else "never" if is_stable(softmax) else "undefined"
-    return Attention(lifter, softmax, output, index, v, scores, scores_at, whole, sinks, factor, zeroed, roles)
+    factor *= products[0].factor
+    return Attention(
+        lifter, softmax, output, index, at_key, values, scores, scores_at, whole, sinks, factor, zeroed, roles
+    )
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """``factor * sum over variable of weights * values``: what some of the keys add to the result.
+
+    Attributes:
+        first: the first of these keys.
+        condition: under which the weights are kept after the softmax.
+    """
+
+    first: Expr
+    variable: Var
+    weights: n.Softmax
+    values: n.Load
+    factor: float
+    condition: Expr | None
+
+
+def _weighted(term: Expr, softmax: Node, output: Node) -> _Weighted:
+    summed, factor, body = sum_over(term)
+    if len(summed) != 1:
+        raise Refused("the product with the values has a form that is not read", output)
+    (variable,) = summed
+    weights, values, condition = _weighted_values(body, output)
+    if weights.node is not softmax:
+        raise Refused("the weights go through another softmax", softmax)
+    place = weights.index[weights.dim]  # of a single key the place is a number
+    first = n.sub(place, variable) if variable.size != 1 else n.substitute(place, {variable: n.ZERO})
+    if variable in first.variables or not _is_size(first):
+        raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
+    if any(variable in i.variables for d, i in enumerate(weights.index) if d != weights.dim):
+        raise Refused("the weights are a diagonal", softmax)
+    return _Weighted(first, variable, weights, values, factor, condition)
+
+
+def _is_size(e: Expr) -> bool:
+    return all(isinstance(atom, n.Size) for atom in n.parts(e)[0])
+
+
+def _all_keys(products: Sequence[_Weighted], softmax: Node) -> tuple[Var, Expr, Expr]:
+    """The key of all that is added up, the place of the first in the softmax, and the value of a key."""
+    one = products[0]
+    for other in products[1:]:
+        if other.factor != one.factor or other.condition is not None or one.condition is not None:
+            raise Refused("slices of the attention weights are changed each in its own way", softmax)
+        if _beside(other) != _beside(one):
+            raise Refused("slices of the attention weights are not of the same queries", softmax)
+    left = list(products)
+    begin = place = n.ZERO if any(p.first == n.ZERO for p in left) else n.ONE
+    parts: list[tuple[Stretch, Expr]] = []
+    while left:
+        found = next((p for p in left if p.first == place), None)
+        if found is None:
+            if len(products) == 1:
+                raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
+            reason = "the attention weights are used more than once, and not in slices that follow one another"
+            raise Refused(reason, softmax)
+        left.remove(found)
+        parts.append((Stretch(n.sub(place, begin), found.variable), found.values))
+        place = n.add(place, n.size(found.variable.size))
+    key = Var("t", extent(n.sub(place, begin)))
+    return key, begin, join(parts, key)
+
+
+def _beside(product: _Weighted) -> Index:
+    """Where weights are taken, the key aside."""
+    weights = product.weights
+    return (*weights.index[: weights.dim], *weights.index[weights.dim + 1 :])
 
 
 def _at_sdpa(lifter: Lifter, node: Node, output: Node, index: Index) -> Attention:
@@ -182,8 +302,21 @@ def _at_sdpa(lifter: Lifter, node: Node, output: Node, index: Index) -> Attentio
     scores = found.scores
     roles = assign(index, (*index[:-1], found.key), found.key, scores, found.v, None, node)
     whole = partial(whole_sdpa, lifter, node, index, scores)
+    place = (*index[:-1], found.key)
     return Attention(
-        lifter, node, node, index, found.v, scores, lambda _: scores, whole, None, found.factor, "infinite", roles
+        lifter,
+        node,
+        node,
+        index,
+        place,
+        found.v,
+        scores,
+        lambda _: scores,
+        whole,
+        None,
+        found.factor,
+        "infinite",
+        roles,
     )
 
 
@@ -218,7 +351,7 @@ def _weighted_values(body: Expr, output: Node) -> tuple[n.Softmax, n.Load, Expr 
     raise Refused("between the softmax and the values there is more than a product with one tensor", output)
 
 
-def _sink(lifter: Lifter, softmax: Node, weights: n.Softmax, key: Var, scores: Scores) -> Expr | None:
+def _sink(lifter: Lifter, softmax: Node, at_key: Index, key: Var, scores: Scores) -> Expr | None:
     source, dim = logits_of(softmax)
     extent = n.size(shape_of(source)[dim])
     keys = n.size(key.size)
@@ -226,8 +359,8 @@ def _sink(lifter: Lifter, softmax: Node, weights: n.Softmax, key: Var, scores: S
         return None
     if extent != n.add(keys, n.ONE):
         raise Refused("the softmax runs over logits that have no value, and they are not one sink", softmax)
-    at = n.ZERO if weights.index[dim] != key else keys
-    logit = lifter.element(source, (*weights.index[:dim], at, *weights.index[dim + 1 :]))
+    at = n.ZERO if at_key[dim] != key else keys
+    logit = lifter.element(source, (*at_key[:dim], at, *at_key[dim + 1 :]))
     rest = summands(logit)
     for e in scores.shift:
         if e not in rest:

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import sympy
@@ -20,8 +20,10 @@ import torch
 import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
 
+from kreg.registry.library import direct
 from kreg.rewriters.capture import first_sentences
 from kreg.rewriters.continued import Continuation, continue_past, settle, symbols_of, values
+from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.functional import functionalize
 from kreg.rewriters.graph import aten
 from kreg.rewriters.memory import reuse
@@ -35,7 +37,7 @@ Compiled = Callable[..., Any]
 Finish = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 VARIANTS = 8
-"""Ways in which the inputs of one graph may be made; calls beyond them rest on nothing."""
+"""Ways in which the inputs of one graph may be made that are tried; calls beyond them rest on nothing."""
 
 
 PASSED_ON = (torch.OutOfMemoryError, torch.utils.checkpoint._StopRecomputationError)
@@ -44,6 +46,10 @@ PASSED_ON = (torch.OutOfMemoryError, torch.utils.checkpoint._StopRecomputationEr
 
 class Listener(Protocol):
     """Who keeps the account of what graphs were made and ran."""
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The kernels that the model's graphs use so far."""
 
     def added(self, variant: Variant) -> None:
         """A variant was made."""
@@ -62,6 +68,7 @@ class Variant:
     Attributes:
         run: the graph as Dynamo calls it, with the further inputs after its own.
         report: what was replaced.
+        graph: tells the variants of one graph from those of others.
         continuation: how inputs have to have been made, or None.
         conditions: what the sizes of a call have to be, beyond Dynamo's guards.
         broken: it raised once, and is not asked again.
@@ -69,6 +76,7 @@ class Variant:
 
     run: Compiled
     report: Report
+    graph: int
     continuation: Continuation | None = None
     conditions: tuple[Callable[[Mapping[Any, int]], bool], ...] = ()
     broken: bool = False
@@ -76,6 +84,11 @@ class Variant:
 
     def __post_init__(self) -> None:
         self.replaced = any(site.status == "replaced" for site in self.report.sites)
+
+    @property
+    def rests_on(self) -> Set[int]:
+        """The inputs whose makers are part of the graph."""
+        return set() if self.continuation is None else self.continuation.patterns.keys()
 
     def further(self, inputs: Sequence[Any], symbols: Mapping[sympy.Expr, tuple[int, int]]) -> list[Any] | None:
         """The further inputs for a call; None if the variant does not cover it."""
@@ -150,6 +163,9 @@ class CapturedGraph:
         self.finish = finish
         self.variants: list[Variant] = []
         self.base: Variant | None = None
+        self.refused: list[Continuation] = []
+        self.misfits = 0
+        self.hopeless = False
         self.lock = threading.RLock()
         self.clock = Clock()
         self.functional: GraphModule | None = None
@@ -165,7 +181,8 @@ class CapturedGraph:
         self.symbols = symbols_of(inputs)
         self.watched = [i for i, node in enumerate(inputs) if _may_be_made(node, placeholders[i])]
         with self.lock:  # now, so that what is assumed of sizes becomes Dynamo's guards
-            self._add(_examples(placeholders))
+            examples = _examples(placeholders) or ()
+            self._add(self._makers(examples) if examples else {}, examples)
 
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs."""
@@ -188,28 +205,46 @@ class CapturedGraph:
         return outputs
 
     def _choose(self, inputs: Sequence[Any]) -> tuple[Variant | None, list[Any]]:
+        """The variant that rests on most of how the inputs of a call were made, and the further inputs for it."""
+        made = self._makers(inputs)
+        second: tuple[Variant | None, list[Any]] | None = None
         for variant in self.variants:
             further = variant.further(inputs, self.symbols)
-            if further is not None:
+            if further is not None and variant.rests_on >= made.keys():
                 return variant, further
+            if further is not None and second is None:
+                second = variant, further
         with self.lock:
-            if len(self.variants) < VARIANTS and any(isinstance(origin_of(inputs[i]), Made) for i in self.watched):
-                made = self._add(inputs)
-                further = None if made is None else made.further(inputs, self.symbols)
+            if made and self._is_new(inputs):
+                new = self._add(made, inputs)
+                further = None if new is None else new.further(inputs, self.symbols)
                 if further is not None:
-                    return made, further
-            if self.base is None:
-                self._add(None)
+                    return new, further
+            if second is not None:
+                return second
+            if self.base is None and not self.hopeless:
+                self._add({}, ())
         if self.base is None or self.base.further(inputs, self.symbols) is None:
             return None, []
         return self.base, []
 
-    def _add(self, inputs: Sequence[Any] | None) -> Variant | None:
-        """Makes the variant for a call; the one that rests on nothing where none of its inputs is known."""
-        made = {i: o for i in self.watched if isinstance(o := origin_of(inputs[i]), Made)} if inputs else {}
+    def _makers(self, inputs: Sequence[Any]) -> dict[int, Made]:
+        """How inputs of a call were made, by position, where that is known."""
+        return {i: origin for i in self.watched if isinstance(origin := origin_of(inputs[i]), Made)}
+
+    def _is_new(self, inputs: Sequence[Any]) -> bool:
+        """Whether inputs were made in a way that was not tried yet, and another one may be tried."""
+        if len(self.variants) + len(self.refused) + self.misfits >= VARIANTS:
+            return False
+        return all(continuation.given(inputs) is None for continuation in self.refused)
+
+    def _add(self, made: dict[int, Made], inputs: Sequence[Any]) -> Variant | None:
+        """Makes the variant for a call; the one that rests on nothing where nothing is known of its inputs."""
         try:
-            return self._made(made, inputs or ())
+            return self._made(made, inputs)
         except Exception as error:
+            self.misfits += 1
+            self.hopeless = self.hopeless or not made
             self._failed("a graph cannot be rewritten", error)
             return None
 
@@ -219,11 +254,13 @@ class CapturedGraph:
         for chosen in ([made] if made else []) + ([small] if small and len(small) < len(made) else []):
             continuation = continue_past(self.functional, chosen, inputs)
             if continuation is None:
+                self.misfits += 1
                 continue
             variant = self._variant(continuation.module, continuation)
             if variant is not None:
                 self.variants.append(variant)
                 return variant
+            self.refused.append(continuation)
         if self.base is None:
             self.base = self._variant(self.functional, None)
             assert self.base is not None
@@ -232,8 +269,11 @@ class CapturedGraph:
     def _variant(self, module: GraphModule, continuation: Continuation | None) -> Variant | None:
         guards = _guards(module)
         before = 0 if guards is None else len(guards)
+        settings = self.settings
+        if self.listener is not None:
+            settings = replace(settings, elsewhere=self.listener.kernels)
         with _apart():
-            done = rewrite_graph(module, self.settings, model=self.model, frontend="dynamo", clock=self.clock)
+            done = rewrite_graph(module, settings, model=self.model, frontend="dynamo", clock=self.clock)
         self.clock = Clock()
         if not settle(done.module):
             return None
@@ -241,8 +281,9 @@ class CapturedGraph:
         run = self.original
         if any(site.status == "replaced" for site in done.report.sites) and not self.settings.dry_run:
             reuse(done.module)
+            _return_tuple(done.module)
             run = self._callable(done.module)
-        variant = Variant(run, done.report, continuation, conditions)
+        variant = Variant(run, done.report, id(self), continuation, conditions)
         if self.listener is not None:
             self.listener.added(variant)
         return variant
@@ -250,7 +291,7 @@ class CapturedGraph:
     def _callable(self, module: GraphModule) -> Compiled:
         """The graph as Dynamo calls it: new values of mutated inputs, which come first, are written back."""
         fakes = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-        forward = module.forward if self.finish is None else self.finish(module, fakes)
+        forward = _called_directly(module) if self.finish is None else self.finish(module, fakes)
         targets = self.signature.written
         if not targets:
             return forward
@@ -271,6 +312,22 @@ class CapturedGraph:
         log.debug("%s", reason, exc_info=error)
         if self.listener is not None:
             self.listener.failed(reason)
+
+
+def _return_tuple(module: GraphModule) -> None:
+    """As Dynamo's graphs do; a checkpoint takes a list for something that has no gradient."""
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    output.args = (tuple(output.args[0]),)
+    module.recompile()
+
+
+def _called_directly(module: GraphModule) -> Compiled:
+    """The graph with its ops called without the dispatcher."""
+    for node, op in op_nodes(module.graph):
+        node.target = direct(op)
+    module.recompile()
+    forward: Compiled = module.forward
+    return forward
 
 
 _logged: Counter[str] = Counter()

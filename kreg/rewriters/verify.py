@@ -69,11 +69,11 @@ def _stops(site: Site) -> set[Node]:
 
 
 def _example(environment: Any, symbol: sympy.Symbol) -> int:
-    """The example's size; a small one where it depends on data."""
+    """The example's size; where it depends on data, one in its range: large enough that a top-k drops something."""
     if symbol in environment.backed_var_to_val:
         return int(environment.backed_var_to_val[symbol])
     bounds = environment.var_to_range[symbol]
-    return int(min(max(bounds.lower, 4), bounds.upper))
+    return int(min(max(bounds.lower, SMALL), bounds.upper))
 
 
 class Sizes:
@@ -262,11 +262,9 @@ def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
 
 def _compare(site: Site, old: Run, new: Run, values: Values, trains: bool, generator: torch.Generator) -> Outcome:
     op = site.op
-    leaves = {
-        operand.node: name
-        for name, operand in site.operands.items()
-        if trains and name in op.differentiable and values[operand.node].dtype.is_floating_point
-    }
+    differentiable = [operand for name, operand in site.operands.items() if trains and name in op.differentiable]
+    parts = [part.node for operand in differentiable for part in operand.parts]
+    leaves = dict.fromkeys(node for node in parts if values[node].dtype.is_floating_point)
     with torch.set_grad_enabled(bool(leaves)):
         mine = {n: v.detach().requires_grad_() if n in leaves else v for n, v in values.items()}
         judge = {n: v.detach().double().requires_grad_() if n in leaves else v for n, v in values.items()}

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 from kreg.kernels.block_indexer import cpu as blocks
 from kreg.kernels.lightning_indexer import cpu as indexer
 from kreg.kernels.selected_attention import cpu as selected
+from kreg.registry.catalogue import catalogue
+from kreg.registry.constraints import Constraint
+from kreg.registry.library import facts_names
 from kreg.registry.ops import ATTENTION, BLOCK_INDEXER, LIGHTNING_INDEXER, SELECTED_ATTENTION
 from kreg.registry.ops.attention import EMPTY
 from kreg.registry.ops.selected_attention import named, random_indices
@@ -189,11 +192,59 @@ def test_a_selection_of_blocks_that_is_wrong_is_told() -> None:
         assert BLOCK_INDEXER.error(call, (wrong,), want) > 1e-3
 
 
-def test_without_a_sentinel_the_gradient_of_what_is_not_ready_is_none() -> None:
+def test_entries_that_end_every_few_positions_are_what_a_ratio_says() -> None:
+    g = generator()
+    call: Call = {"q": torch.rand(2, 30, 2, 8, generator=g), "k": torch.rand(2, 7, 8, generator=g)}  # no score is 0
+    call |= {"weights": torch.rand(2, 30, 2, generator=g), "scale": 0.3, "topk": 3, "offset": 1}
+    ends = torch.arange(3, 31, 4).expand(2, -1)
+    for run in (indexer.forward, LIGHTNING_INDEXER.reference):
+        assert torch.equal(run(**call, ratio=0, ends=ends)[0].sort()[0], run(**call, ratio=4)[0].sort()[0])
+        late = run(**call, ratio=4, ends=ends + 1)[0]
+        assert not torch.equal(late, run(**call, ratio=4)[0])
+        order = torch.randperm(7, generator=g)
+        moved = run(**(call | {"k": call["k"][:, order]}), ratio=0, ends=ends[:, order])[0]
+        found = torch.where(moved < 0, -1, order[moved.clamp(min=0)])
+        assert torch.equal(found.sort()[0], run(**call, ratio=4)[0].sort()[0])
+
+
+def test_an_entry_selected_before_its_end_is_told() -> None:
+    call: Call = {"q": torch.rand(1, 6, 1, 4), "k": torch.rand(1, 3, 4), "weights": torch.rand(1, 6, 1)}
+    call |= {"scale": 1.0, "topk": 1, "ratio": 0, "ends": torch.tensor([[5, 3, 4]])}
+    for sentinel in (True, False):
+        call["sentinel"] = sentinel
+        want = LIGHTNING_INDEXER.reference(**call)
+        assert LIGHTNING_INDEXER.error(call, want, want) == 0.0
+        for entry in (0, 2):  # of which query 3 may select neither
+            wrong = want[0].clone()
+            wrong[0, 3] = entry
+            assert LIGHTNING_INDEXER.error(call, (wrong, want[1]), want) == float("inf")
+
+
+def test_the_kernel_for_ascend_takes_no_ends() -> None:
+    names = facts_names(LIGHTNING_INDEXER)
+    spec = next(s for s in catalogue().kernels_for("lightning_indexer") if s.name == "mindspeed.li")
+    facts: dict[str, Any] = {
+        "ratio": 4,
+        "sentinel": True,
+        "has_padding": False,
+        "offset": 0,
+        "topk": 8,
+        "scored": False,
+    }
+    facts |= {"entries": 16, "queries": 64, "scale": 0.1, "batch": 1, "index_heads": 64, "index_dim": 128}
+
+    def takes(has_ends: bool) -> bool:
+        return all(Constraint.parse(text, names).holds(facts | {"has_ends": has_ends}) for text in spec.constraints)
+
+    assert takes(has_ends=False) and not takes(has_ends=True)
+
+
+@pytest.mark.parametrize("ends", [None, torch.arange(30).flip(0).view(1, 30)], ids=["causal", "ends"])
+def test_without_a_sentinel_the_gradient_of_what_is_not_ready_is_none(ends: Tensor | None) -> None:
     g = generator()
     make = {"q": (1, 30, 2, 8), "k": (1, 30, 8), "weights": (1, 30, 2)}
     call: Call = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in make.items()}
-    call |= {"scale": 0.3, "topk": 6, "ratio": 1, "scored": True, "sentinel": False}
+    call |= {"scale": 0.3, "topk": 6, "ratio": 1, "scored": True, "sentinel": False, "ends": ends}
     exact = in_double(call)
     with torch.no_grad():
         got = indexer.forward(**call)

@@ -82,7 +82,7 @@ def indexer(site: str = "li", queries: Any = 4096, entries: Any = 1024, **more: 
     """A lightning indexer as MindSpeed takes it."""
     dims = {"batch": 1, "queries": queries, "index_heads": 64, "index_dim": 128, "entries": entries}
     attributes = {"scale": 0.09, "topk": 512, "ratio": 4, "offset": 0, "scored": False}
-    attributes |= {"sentinel": True, "has_padding": False}
+    attributes |= {"sentinel": True, "has_padding": False, "has_ends": False}
     return SiteFacts(site, "lightning_indexer", dims, attributes | more, torch.bfloat16, True)
 
 

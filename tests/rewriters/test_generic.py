@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import kreg
+from kreg.rewriters import program as programs
+from kreg.rewriters.capture import export_model
 from kreg.rewriters.facts import op_nodes
+from kreg.rewriters.find import find
 from kreg.rewriters.report import Report
+from kreg.rewriters.verify import verify
 from tests.models import DECODERS, VOCAB, tokens
 
 B, H, S, D = 2, 4, 12, 8
@@ -394,7 +398,7 @@ NEAR_MISSES: dict[Callable[..., torch.Tensor], str] = {
     weights_used_twice: "used more than once",
     talking_heads: "neither queries nor values have",
     heads_mixed_afterwards: "",
-    renormalised: "used more than once",
+    renormalised: "more than a product",
     dropped_out: "dropout is on",
     two_softmaxes: "",
     sink_shifted_otherwise: "shifted",
@@ -478,3 +482,20 @@ def test_with_a_padding_mask_real_models_are_raised_and_equal(name: str) -> None
     assert [site.status for site in report.sites if site.op == "attention"] == ["replaced", "replaced"]
     with torch.no_grad():
         torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_the_gradient_of_every_tensor_that_an_operand_is_made_of_is_compared() -> None:
+    class TwoBiases(nn.Module):
+        def forward(self, q, k, v, a, b):
+            return (q @ k.mT * 0.3 + a + b).softmax(-1) @ v
+
+    inputs = [t.requires_grad_() for t in (*qkv(), torch.randn(S, S), torch.randn(S, S))]
+    captured = programs.functional(export_model(TwoBiases(), tuple(inputs))).module
+    (site,) = find(captured.graph).sites
+    bias = site.operands["bias"]
+    ((_, (other,)),) = (call for call in bias.calls if call[0] is torch.ops.aten.add.Tensor)
+    stopped = replace(bias, calls=((torch.ops.aten.add.Tensor, (other.then(torch.ops.aten.detach.default),)),))
+    for operand, holds in ((bias, True), (stopped, False)):
+        outcome = verify(captured, replace(site, operands={**site.operands, "bias": operand}), "", trains=True)
+        assert outcome.result is not None
+        assert outcome.result.passed is holds, outcome.reason

@@ -21,7 +21,7 @@ SITES = {
     "axk2": {LIGHTNING: [0, 1], SELECTED: [0, 1]},
     "deepseek_v32": {LIGHTNING: [0, 1], SELECTED: [0, 1]},
     "dots3_note": {LIGHTNING: [0, 2], SELECTED: [0, 2]},
-    "glm5_next": {SELECTED: [1, 2]},
+    "glm5_next": {LIGHTNING: [1], SELECTED: [1, 2]},
     "glm_moe_dsa": {LIGHTNING: [0, 2], SELECTED: [0, 1, 2]},
     "hy_v4": {LIGHTNING: [0, 2], SELECTED: [0, 1, 2]},
     "minimax_m3": {BLOCKS: [1, 2], SELECTED: [1, 2]},
@@ -226,6 +226,85 @@ def with_a_bias(t: Tensors) -> torch.Tensor:
     return (logits + torch.where(named(t["given"]), 0.0, LOWEST).unsqueeze(1)).softmax(-1) @ t["v"]
 
 
+Pooled = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LONGEST = 9
+"""Indices that a query may have: those of 4 pools of 2 keys, and of one key that has no pool yet."""
+
+
+def by_pools(
+    t: Tensors,
+    joined: Pooled,
+    ready_for: Pooled | None = None,
+    ends_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Attention to pools of two neighbouring keys, counted from the first that is no padding, and to the tail.
+
+    Args:
+        joined: the indices of the selected pools' keys and of the tail, as one tensor.
+        ready_for: whether the selected pools are ready, from the pools' readiness and the picks.
+        ends_of: the last positions of the pools, as the scores' mask has them.
+    """
+    valid, row = t["valid"], torch.arange(B)[:, None, None]
+    first = valid.int().argmax(-1)
+    places = first[:, None, None] + torch.arange(S).view(1, -1, 2)
+    safe = places.clamp(0, S - 1)
+    complete = (valid[row, safe] & (places < S)).all(-1)
+    some = complete.any(0)  # how many is known only when it runs
+    keys, places, complete = t["ik"][row, safe].mean(2)[:, some], places[:, some], complete[:, some]
+    visible = causal() & valid.unsqueeze(1)
+    ends = places[..., -1].clamp(0, S - 1)
+    ends = ends if ends_of is None else ends_of(ends)
+    ready = visible.gather(-1, ends.unsqueeze(1).expand(-1, S, -1)) & complete.unsqueeze(1)
+    rectified = (t["iq"] @ keys.mT.unsqueeze(1)).relu()
+    best = (t["w"].unsqueeze(2) @ rectified.transpose(1, 2)).squeeze(2).masked_fill(~ready, LOWEST)
+    picks = best.topk(min(4, best.shape[-1])).indices
+    chosen = ready.gather(-1, picks) if ready_for is None else ready_for(ready, picks)
+    own = places[row, picks]
+    own = own.flatten(-2).masked_fill(~chosen.unsqueeze(-1).expand_as(own).flatten(-2), -1)
+    count = visible.long().sum(-1)
+    tail = (first.unsqueeze(1) + count - count % 2).masked_fill(count % 2 == 0, -1).unsqueeze(-1)
+    indices = joined(own, tail).int()
+    named = (indices >= 0) & (indices < S)
+    found = torch.zeros(B, S, S, dtype=torch.int32).scatter_add(-1, indices.clamp(0, S - 1), named.int())
+    return attend(t, found != 0)
+
+
+def filled(indices: torch.Tensor) -> torch.Tensor:
+    return nn.functional.pad(indices, (0, LONGEST - indices.shape[-1]), value=-1)
+
+
+def then_the_tail(own: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    return filled(torch.cat([own, tail], -1))
+
+
+def pooled(t: Tensors) -> torch.Tensor:
+    return by_pools(t, then_the_tail)
+
+
+def pooled_behind_the_tail(t: Tensors) -> torch.Tensor:
+    return by_pools(t, lambda own, tail: filled(torch.cat([tail, own], -1)))
+
+
+def pooled_with_the_ends_of_another_row(t: Tensors) -> torch.Tensor:
+    return by_pools(t, then_the_tail, ends_of=lambda ends: ends.flip(0))
+
+
+def pooled_and_ready_in_another_row(t: Tensors) -> torch.Tensor:
+    return by_pools(t, then_the_tail, ready_for=lambda ready, picks: ready.flip(0).gather(-1, picks))
+
+
+def pooled_and_always_ready(t: Tensors) -> torch.Tensor:
+    return by_pools(t, then_the_tail, ready_for=lambda ready, picks: picks >= 0)
+
+
+def the_best_pools_alone(t: Tensors) -> torch.Tensor:
+    return by_pools(t, lambda own, tail: then_the_tail(own, tail).masked_fill(torch.arange(LONGEST) > 2, -1))
+
+
+def each_pool_moved_by_its_place(t: Tensors) -> torch.Tensor:
+    return by_pools(t, lambda own, tail: (then_the_tail(own, tail) + torch.arange(LONGEST) // 2).clamp(max=S - 1))
+
+
 BOTH = {LIGHTNING: 1, SELECTED: 1}
 WRITTEN: dict[Callable[[Tensors], torch.Tensor], dict[str, int]] = {
     plain: BOTH,
@@ -246,6 +325,13 @@ WRITTEN: dict[Callable[[Tensors], torch.Tensor], dict[str, int]] = {
     more_than_once: {},
     weighted_by_count: {},
     in_blocks: {SELECTED: 1},
+    pooled: BOTH,
+    pooled_behind_the_tail: BOTH,
+    pooled_with_the_ends_of_another_row: BOTH,
+    pooled_and_ready_in_another_row: {SELECTED: 1},
+    pooled_and_always_ready: {SELECTED: 1},
+    the_best_pools_alone: {SELECTED: 1},
+    each_pool_moved_by_its_place: {SELECTED: 1},
     with_a_bias: {},
 }
 """How often each op is raised. What reads more of the picks than their set keeps its top-k."""
@@ -276,6 +362,7 @@ def tensors() -> Tensors:
         "w": draw(B, S, 3).abs(),
         "bias": draw(B, 1, S, S),
         "given": torch.randint(0, S, (B, S, 7), generator=g),
+        "valid": torch.arange(S) >= torch.tensor([[0], [3]]),  # the second row is padded on the left
     }
 
 
@@ -309,8 +396,16 @@ def test_what_is_raised_is_a_set_of_keys_and_every_result_stays(function: Callab
 def test_an_indexer_whose_picks_tell_more_than_a_set_says_what() -> None:
     reasons = {
         function: next(miss.reason for miss in exported(function)[2].near_misses if miss.op == LIGHTNING)
-        for function in (nothing_masked_afterwards, the_first_few, picks_leave)
+        for function in (
+            nothing_masked_afterwards,
+            pooled_and_ready_in_another_row,
+            the_first_few,
+            picks_leave,
+            the_best_pools_alone,
+        )
     }
     assert "the choice among those not ready" in reasons[nothing_masked_afterwards]
+    assert "the choice among those not ready" in reasons[pooled_and_ready_in_another_row]
     assert "the order of the selected places matters" in reasons[the_first_few]
+    assert "the order of the selected places matters" in reasons[the_best_pools_alone]
     assert "the order of the selected places matters" in reasons[picks_leave]

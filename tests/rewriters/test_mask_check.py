@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import kreg
-from kreg.registry.ops import ATTENTION, SPARSE_ATTENTION
+from kreg.registry.ops import ATTENTION, SELECTED_ATTENTION, SPARSE_ATTENTION
 from kreg.registry.ops.attention import band
-from kreg.rewriters import lift_ops, mask_check, program
+from kreg.rewriters import lift_ops, program
 from kreg.rewriters import notation as n
 from kreg.rewriters.capture import export_model
 from kreg.rewriters.find import find
 from kreg.rewriters.lift import Index, Lifter
-from kreg.rewriters.mask_check import OPS, Checked, check
+from kreg.rewriters.mask_check import OPS, Checked, Difference, check, task
+from kreg.rewriters.mask_check.task import Task
+from kreg.rewriters.masking import masking
+from kreg.rewriters.rules.attention import extents
 from kreg.rewriters.site import Claim, Site
+from kreg.rewriters.softmax import read
 from tests.handwritten.case import Sizes, documents, dynamic_shapes, heads, kept, ones_and_zeros
 from tests.handwritten.masks import CAUSAL_ADDED, FORMS, KINDS, Kind, Plain, Written, of_keys, same
 from tests.models import CSA, HCA, SLIDING, VOCAB, deepseek_v4
@@ -120,8 +124,6 @@ def assert_passes(graph: Graph, dynamic: bool) -> None:
     """What was read holds, at one size, or at several that the example's is one of."""
     for site in graph.sites:
         checked = check(graph.module, site)
-        if not site.claims and "bias" in site.operands:
-            continue  # the masks are passed on as they are, and nothing is said of them
         assert checked.passed, checked.reason
         assert not checked.partial
         lengths = {shape[2:] for shape in checked.shapes}
@@ -175,7 +177,7 @@ BANDS: dict[str, Mapping[str, int]] = {
 """A kind of mask, and what was misread of it."""
 
 
-def truth(kind: Kind, difference: mask_check.Difference) -> bool:
+def truth(kind: Kind, difference: Difference) -> bool:
     """Whether a mask that is made of places alone keeps the key that was named."""
     *_, queries, keys = difference.shape
     i, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
@@ -341,6 +343,63 @@ def test_entries_that_an_indexer_selected_are_not_all_that_are_ready() -> None:
     assert checked.difference.key >= 48
 
 
+# ── selected attention ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Selecting(nn.Module):
+    """Attention to keys, or blocks of keys, that an input names, among those before the query that are no padding."""
+
+    def __init__(self, block: int = 1) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, names: Tensor, keep: Tensor) -> Tensor:
+        places = torch.arange(k.shape[2])
+        blocks = torch.zeros(*q.shape[:1], 1, q.shape[2], k.shape[2] // self.block, dtype=torch.bool)
+        named = blocks.scatter(-1, names, True).repeat_interleave(self.block, dim=-1)
+        kept = named & (places[None, :] <= places[:, None]) & keep[:, None, None, :]
+        return (q @ k.mT * 0.3).masked_fill(~kept, -torch.inf).softmax(-1) @ v
+
+
+@cache
+def selecting(block: int) -> Graph:
+    q, k, v = inputs_of(KINDS["causal"], SIZES, 0)
+    names = torch.randint(0, 12 // block, (2, 1, 12, 3))
+    graph = graph_of(Selecting(block), (q, k, v, names, torch.ones(2, 12, dtype=torch.bool)))
+    assert graph.site.op is SELECTED_ATTENTION
+    found = read(Lifter(), graph.site.anchor)
+    claims = graph.site.claims or masking(found, extents(found)).claims
+    return Graph(graph.module, (replace(graph.site, claims=claims),))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_selection_holds(block: int) -> None:
+    graph = selecting(block)
+    checked = check(graph.module, graph.site)
+    assert checked.passed, checked.reason
+    assert not checked.partial
+
+
+@pytest.mark.parametrize(
+    ("block", "attributes"), [(1, {"causal": False}), (1, {"window": 3}), (3, {"offset": 2}), (3, {"block": 4})]
+)
+def test_a_misread_selection_fails_at_a_key(block: int, attributes: Mapping[str, int]) -> None:
+    graph = selecting(block)
+    checked = check(graph.module, misread(graph.site, **attributes))
+    assert checked.passed is False
+    assert checked.difference is not None
+    assert checked.difference.model != checked.difference.op
+
+
+def test_a_selection_without_its_padding_fails_at_a_key_that_the_op_keeps() -> None:
+    graph = selecting(1)
+    operands = {name: operand for name, operand in graph.site.operands.items() if name != "padding"}
+    checked = check(graph.module, replace(graph.site, operands=operands))
+    assert checked.passed is False
+    assert checked.difference is not None
+    assert checked.difference.op is True
+
+
 # ── how it is run ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -356,13 +415,13 @@ class Stack(nn.Module):
 
 
 def test_layers_that_mask_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, ran = mask_check._Task.run, []
+    run, ran = Task.run, []
 
-    def counted(task: mask_check._Task) -> Checked:
-        ran.append(task)
-        return run(task)
+    def counted(this: Task) -> Checked:
+        ran.append(this)
+        return run(this)
 
-    monkeypatch.setattr(mask_check._Task, "run", counted)
+    monkeypatch.setattr(Task, "run", counted)
     graph = graph_of(Stack(), (torch.randn(2, 12, 8),))
     assert len(graph.sites) == 6
     assert all(check(graph.module, site).passed for site in graph.sites)
@@ -389,17 +448,114 @@ def test_a_misread_operator_keeps_the_site_with_the_key_that_differs(monkeypatch
     )
 
 
-def test_a_mask_without_a_tensor_is_not_run() -> None:
-    class Fused(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+class FusedCausal(nn.Module):
+    """The mask of PyTorch's own operator, of which there is no tensor."""
 
-    graph = graph_of(Fused(), inputs_of(KINDS["causal"], SIZES, 0))
-    assert check(graph.module, graph.site) == Checked(None, "the mask has no tensor of its own")
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def fused_causal(dynamic: bool) -> Graph:
+    module, kind = FusedCausal(), KINDS["causal"]
+    inputs = inputs_of(kind, SIZES, 0)
+    return graph_of(module, inputs, dynamic_shapes(module, inputs, inputs_of(kind, RESIZED, 1)) if dynamic else None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_mask_of_the_fused_operator_itself_is_run(dynamic: bool) -> None:
+    graph = fused_causal(dynamic)
+    assert_passes(graph, dynamic)
+    assert_named(KINDS["causal"], check(graph.module, misread(graph.site, causal=False)))
+    assert_named(KINDS["causal"], check(graph.module, misread(graph.site, offset=1)))
+    assert_named(KINDS["causal"], check(graph.module, misread(graph.site, window=4)))
+
+
+class AddedNumbers(nn.Module):
+    """What is added is a mask with numbers of its own, which is passed on as a bias."""
+
+    def __init__(self, fused: bool, sink: bool = False) -> None:
+        super().__init__()
+        self.fused, self.sink = fused, sink
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        places = torch.arange(k.shape[2])
+        slope = (places[None, :] - places[:, None]).to(q.dtype) * 0.125
+        added = slope + (1.0 - keep[:, None, None, :].to(q.dtype)) * -1e4
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(q, k, v, added)
+        scores = q @ k.mT * 0.3 + added
+        if self.sink:
+            scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+        return scores.softmax(-1)[..., : k.shape[2]] @ v
+
+
+ADDED = {"written": AddedNumbers(False), "with a sink": AddedNumbers(False, sink=True), "fused": AddedNumbers(True)}
+
+
+def added_numbers(form: str) -> Graph:
+    return graph_of(ADDED[form], inputs_of(Kind(KINDS["full"].keep, "", data=(ones_and_zeros(),)), SIZES, 0))
+
+
+@pytest.mark.parametrize("form", ADDED)
+def test_a_mask_that_went_in_as_a_bias_is_run(form: str) -> None:
+    graph = added_numbers(form)
+    assert "bias" in graph.site.operands
+    checked = check(graph.module, graph.site)
+    assert checked.passed, checked.reason
+    assert not checked.partial
+
+
+@pytest.mark.parametrize("form", ADDED)
+@pytest.mark.parametrize(
+    "misread_as",
+    [
+        lambda bias: bias.then(torch.ops.aten.mul.Scalar, 0.5),
+        lambda bias: bias.then(torch.ops.aten.neg.default),
+        lambda bias: bias.then(torch.ops.aten.roll.default, [1], [-1]),
+        lambda bias: bias.then(torch.ops.aten.clamp_min.default, -1.0),
+        None,
+    ],
+    ids=["halved", "negated", "shifted by a key", "clamped", "left out"],
+)
+def test_a_bias_that_is_not_what_the_model_adds_fails_by_what_a_key_weighs(form: str, misread_as: Any) -> None:
+    graph = added_numbers(form)
+    operands = dict(graph.site.operands)
+    bias = operands.pop("bias")
+    if misread_as is not None:
+        operands["bias"] = misread_as(bias)
+    checked = check(graph.module, replace(graph.site, operands=operands))
+    assert checked.passed is False
+    assert checked.difference is not None
+    assert checked.difference.model != checked.difference.op
+    assert "has a weight of" in checked.reason
+
+
+def test_a_bias_beside_a_band_that_was_misread_fails() -> None:
+    class Both(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+            later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+            return (q @ k.mT * 0.3 + added).masked_fill(later, -torch.inf).softmax(-1) @ v
+
+    q, k, v = inputs_of(KINDS["causal"], SIZES, 0)
+    graph = graph_of(Both(), (q, k, v, torch.randn(12, 12)))
+    assert check(graph.module, graph.site).passed
+    assert check(graph.module, misread(graph.site, causal=False)).passed is False
+    assert check(graph.module, misread(graph.site, window=5)).passed is False
+
+
+def test_the_report_says_why_a_mask_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(KINDS["causal"], SIZES, 0)
+    module = Written(lambda length: torch.ones(length, length).tril().bool())
+    (site,) = kreg.analyse(module, inputs).sites
+    assert "mask was not run" not in site.reason
+    monkeypatch.setattr(task, "LARGEST", 143)
+    (site,) = kreg.analyse(module, inputs).sites
+    assert site.status == "replaced"
+    assert site.reason.endswith("; its mask was not run by itself: a tensor of 0 million elements is needed")
 
 
 def test_a_mask_that_is_too_large_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_check, "LARGEST", 143)
+    monkeypatch.setattr(task, "LARGEST", 143)
     graph = masked(KINDS["causal"], "where -inf")
     checked = check(graph.module, graph.site)
     assert checked.passed is None
@@ -415,6 +571,18 @@ def test_what_attention_keeps_is_where_its_reference_has_weight() -> None:
         rest = {name: v for name, v in call.items() if name not in ("bias", "sinks", "softcap", "empty")}
         weights, _ = ATTENTION.reference(**rest | blank | {"v": one_hot})
         kept_keys = OPS["attention"].keeps(call, told(ATTENTION.defaults, call), queries, keys)
+        assert torch.equal(kept_keys.expand_as(weights), weights > 0)
+
+
+def test_what_selected_attention_keeps_is_where_its_reference_has_weight() -> None:
+    for call in SELECTED_ATTENTION.samples(torch.float64, torch.Generator().manual_seed(0)):
+        (_, heads_, queries, _), (batch, kv_heads, keys, _) = call["q"].shape, call["k"].shape
+        blank = {"q": torch.zeros_like(call["q"]), "k": torch.zeros_like(call["k"])}
+        one_hot = torch.eye(keys, dtype=torch.float64).expand(batch, kv_heads, -1, -1)
+        rest = {name: v for name, v in call.items() if name not in ("sinks", "softcap", "empty")}
+        weights, _ = SELECTED_ATTENTION.reference(**rest | blank | {"v": one_hot})
+        facts = told(SELECTED_ATTENTION.defaults, call) | {"heads": heads_}
+        kept_keys = OPS["selected_attention"].keeps(call, facts, queries, keys)
         assert torch.equal(kept_keys.expand_as(weights), weights > 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from tests.zoo.oracle import census, is_causal
 from tests.zoo.peers import fused_attentions
 
 Record = dict[str, Any]
+aten = torch.ops.aten
+SOFTMAXES = frozenset(
+    {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.scaled_dot_product_attention.default}
+)
 
 
 def measure(
@@ -103,17 +108,21 @@ def _counted(
         record["causal"] = is_causal(model, inputs)
     with _stage(record, "export", tell):
         program = export_model(model, inputs)
-    left = _modules(program)
-    for attention in record["oracle"]["attentions"]:
-        attention["used"] = attention["used"] or attention["module"] in left
+    attentions = record["oracle"]["attentions"]
+    left = _softmaxes(program) - Counter(a["module"] for a in attentions if a["used"])
+    for attention in attentions:
+        if not attention["used"] and left[attention["module"]] > 0:
+            attention["used"] = True
+            left[attention["module"]] -= 1
     return program
 
 
-def _modules(program: ExportedProgram) -> set[str]:
-    """Paths of the modules of which a graph has nodes that its outputs depend on."""
+def _softmaxes(program: ExportedProgram) -> Counter[str]:
+    """How many softmaxes a graph's outputs depend on, by the path of the module that calls them."""
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    stacks = (node.meta.get("nn_module_stack") or {} for graph in graphs for node in _live(graph))
-    return {path for stack in stacks for path, _ in stack.values()}
+    live = (node for graph in graphs for node in _live(graph) if node.target in SOFTMAXES)
+    stacks = (list((node.meta.get("nn_module_stack") or {}).values()) for node in live)
+    return Counter(stack[-1][0] for stack in stacks if stack)
 
 
 def _live(graph: Graph) -> set[Node]:

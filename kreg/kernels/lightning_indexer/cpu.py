@@ -38,6 +38,7 @@ def forward(
     k: torch.Tensor,
     weights: torch.Tensor,
     padding: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
     *,
     scale: float,
     topk: int,
@@ -55,12 +56,16 @@ def forward(
     work = Workspace(q, acc)
     order = torch.arange(max(topk, entries), device=q.device)
     for start, stop in spans(0, queries, ROWS_PER_SELECTION):
-        counts = torch.arange(start + offset + 1, stop + offset + 1, device=q.device).unsqueeze(1)
-        counts = counts // ratio if ratio else torch.full_like(counts, entries)
+        position = torch.arange(start + offset, stop + offset, device=q.device).unsqueeze(1)
+        counts = (position + 1) // ratio if ratio else torch.full_like(position, entries)
         most = ready_count(stop - 1 + offset, entries, ratio)
         unready = order >= counts.clamp(max=entries)
         for b in range(batch):
-            late = unready if padding is None else unready[:, :entries] | ~padding[b]
+            late = unready
+            if padding is not None:
+                late = late[:, :entries] | ~padding[b]
+            if ends is not None:
+                late = late[:, :entries] | (ends[b] > position)
             if most <= topk:
                 first = order[:topk]
                 indices[b, start:stop] = first.masked_fill(late[:, :topk], -1) if sentinel else first
@@ -89,6 +94,7 @@ def backward(
     k: torch.Tensor,
     weights: torch.Tensor,
     padding: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
     scale: float,
     topk: int,
     ratio: int,

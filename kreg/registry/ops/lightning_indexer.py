@@ -12,8 +12,8 @@ from kreg.registry.ops.attention import accumulation_dtype
 from kreg.registry.ops.sparse_attention import ready
 
 SCHEMA = """(
-    Tensor q, Tensor k, Tensor weights, Tensor? padding=None, *, float scale, SymInt topk, int ratio,
-    SymInt offset=0, bool scored=False, bool sentinel=True
+    Tensor q, Tensor k, Tensor weights, Tensor? padding=None, Tensor? ends=None, *, float scale, SymInt topk,
+    int ratio, SymInt offset=0, bool scored=False, bool sentinel=True
 ) -> (Tensor indices, Tensor scores)"""
 
 TENSORS = {
@@ -21,6 +21,7 @@ TENSORS = {
     "k": "batch entries index_dim",
     "weights": "batch queries index_heads",
     "padding": "batch entries",
+    "ends": "batch entries",
 }
 
 
@@ -31,11 +32,21 @@ def all_scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: f
     return (products * weights.to(acc).unsqueeze(-1)).sum(dim=2)
 
 
-def masked(scores: torch.Tensor, padding: torch.Tensor | None, *, ratio: int, offset: int, **rest: Any) -> torch.Tensor:
+def masked(
+    scores: torch.Tensor,
+    padding: torch.Tensor | None,
+    ends: torch.Tensor | None = None,
+    *,
+    ratio: int,
+    offset: int,
+) -> torch.Tensor:
     """Scores [batch, queries, entries] with -inf where an entry is not ready for a query, or padding."""
     if ratio:
         allowed = ready(*scores.shape[1:], ratio=ratio, offset=offset, device=scores.device)
         scores = scores.masked_fill(~allowed, float("-inf"))
+    if ends is not None:
+        position = torch.arange(offset, offset + scores.shape[1], device=scores.device).unsqueeze(1)
+        scores = scores.masked_fill(ends.unsqueeze(1) > position, float("-inf"))
     return scores if padding is None else scores.masked_fill(~padding.unsqueeze(1), float("-inf"))
 
 
@@ -44,6 +55,7 @@ def reference(
     k: torch.Tensor,
     weights: torch.Tensor,
     padding: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
     *,
     scale: float,
     topk: int,
@@ -59,10 +71,14 @@ def reference(
         k: [batch, entries, index_dim], one shared key head.
         weights: [batch, queries, index_heads].
         padding: bool [batch, entries], True where an entry may be selected.
+        ends: int64 [batch, entries], the last position of each entry, where entries are not of equally many
+            positions from the first on: entry j is ready for the query at position p when ``ends[j] <= p``, and
+            as ``ratio`` has it.
         scale: factor on the rectified products.
         topk: how many entries to select, at most ``entries``.
         ratio: positions in one entry; readiness as in ``sparse_attention``: entry j is ready for the query at
-            position p when ``(j + 1) * ratio <= p + 1``; 1 is plainly causal. 0: every entry is ready.
+            position p when ``(j + 1) * ratio <= p + 1``; 1 is plainly causal. 0: every entry is ready, but for
+            ``ends``.
         offset: query s stands at position ``s + offset``.
         scored: also return the selected scores.
         sentinel: what a slot holds that no ready entry is left for: -1, or, where False, any other entry that
@@ -74,7 +90,7 @@ def reference(
         [batch, queries, topk] in the accumulation dtype, -inf beside what is not ready, differentiable;
         [batch, queries, 0] unless ``scored``.
     """
-    scores = masked(all_scores(q, k, weights, scale), padding, ratio=ratio, offset=offset)
+    scores = masked(all_scores(q, k, weights, scale), padding, ends, ratio=ratio, offset=offset)
     best = scores.topk(topk, dim=-1)
     indices = best.indices.masked_fill(best.values.isneginf(), -1) if sentinel else best.indices
     return indices, best.values if scored else scores.new_empty(*scores.shape[:2], 0)
@@ -104,7 +120,8 @@ def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], wa
         arguments["q"].double(), arguments["k"].double(), arguments["weights"].double(), arguments["scale"]
     )
     entries, sentinel = scores.shape[-1], arguments.get("sentinel", True)
-    scores = masked(scores, arguments.get("padding"), ratio=arguments["ratio"], offset=int(arguments.get("offset", 0)))
+    masks = arguments.get("padding"), arguments.get("ends")
+    scores = masked(scores, *masks, ratio=arguments["ratio"], offset=int(arguments.get("offset", 0)))
     padded = torch.cat([scores, scores.new_full((*scores.shape[:2], 1), float("-inf"))], dim=-1)
 
     def ranked(indices: torch.Tensor) -> torch.Tensor | None:
@@ -126,8 +143,16 @@ def selected_score_error(arguments: Arguments, got: tuple[torch.Tensor, ...], wa
     return float((first - second).abs().nan_to_num(nan=0.0).max()) / max(1.0, largest)
 
 
+def random_ends(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, arguments: Arguments
+) -> torch.Tensor:
+    """Any positions of queries, in no order."""
+    positions = arguments["q"].shape[1] + int(arguments.get("offset", 0))
+    return torch.randint(0, max(1, positions), shape, generator=generator).to(dtype)
+
+
 def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str, Any]]:
-    """Fewer ready than asked, all asked, one query, none ready, no entries, decode with an offset."""
+    """Fewer ready than asked, all asked, one query, none ready, no entries, decode with an offset, any ends."""
 
     def call(batch: int, queries: int, heads: int, dim: int, entries: int, **rest: Any) -> dict[str, Any]:
         def make(*shape: int) -> torch.Tensor:
@@ -157,7 +182,14 @@ def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str
         yield call(2, 40, 2, 16, 40, topk=7, ratio=1, padding=some, sentinel=sentinel)
         yield call(2, 300, 2, 16, 40, topk=40, ratio=0, padding=none, sentinel=sentinel)
         yield call(2, 300, 2, 16, 40, topk=5, ratio=4, padding=none, sentinel=sentinel, scored=sentinel)
+        ends = torch.randint(-2, 45, (2, 40), generator=generator)
+        yield call(2, 40, 2, 16, 40, topk=7, ratio=0, ends=ends, sentinel=sentinel, scored=sentinel)
+        yield call(2, 300, 4, 16, 40, topk=5, ratio=4, ends=ends, padding=none, sentinel=sentinel, scored=sentinel)
+        yield call(2, 3, 2, 16, 40, topk=40, ratio=0, ends=ends, padding=some, offset=9, sentinel=sentinel)
     yield call(1, 5, 2, 8, 9, topk=3, ratio=1, offset=-3, sentinel=False)
+    late = torch.full((1, 9), 7)
+    yield call(1, 5, 2, 8, 9, topk=3, ratio=0, ends=late, scored=True)
+    yield call(1, 3, 2, 8, 0, topk=0, ratio=0, ends=late[:, :0])
 
 
 def work(dims: Dims, attributes: Arguments) -> tuple[float, float]:
@@ -178,6 +210,7 @@ LIGHTNING_INDEXER = Op(
     fake=fake,
     samples=samples,
     work=work,
+    fill={"ends": random_ends},
     error=selected_score_error,
-    source="DeepSeek-V3.2-Exp, eq. 1; DeepSeek-V4 technical report, eqs. 13-17",
+    source="DeepSeek-V3.2-Exp, eq. 1; DeepSeek-V4 technical report, eqs. 13-17; ends: GLM-5.3's pools of keys",
 )

@@ -8,9 +8,10 @@ from kreg.registry.op import Op
 from kreg.registry.ops import ATTENTION
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_attention
-from kreg.rewriters.arrange import Group, arrange, arranged_back, bind
+from kreg.rewriters.arrange import Group, arrange, arranged_back, bind, laid_out
 from kreg.rewriters.graph import aten, dtype_of, shape_of
 from kreg.rewriters.masking import masking
+from kreg.rewriters.notation import Expr
 from kreg.rewriters.rules.rule import Context, Rule
 from kreg.rewriters.site import Calls, Extent, Operand, Output, Refused, Site
 from kreg.rewriters.softmax import Attention, read
@@ -24,13 +25,13 @@ def find(context: Context, anchor: Node) -> Site:
     roles, result = found.roles, dtype_of(found.output)
     like = extents(found)
 
-    def operand(element: n.Load, want: tuple[Group, ...], what: str) -> Operand:
-        return arrange(element.node, element.index, want, what, full=True, like=like).cast(result)
+    def operand(element: Expr, want: tuple[Group, ...], what: str) -> Operand:
+        return laid_out(element, roles.key, want, what, result, like)
 
     operands = {
         "q": tempered(found, operand(found.q, roles.of_q, "queries"), like),
-        "k": operand(found.k, roles.of_k, "keys"),
-        "v": operand(found.v, roles.of_v, "values"),
+        "k": operand(found.scores.product.keys, roles.of_k, "keys"),
+        "v": operand(found.values, roles.of_v, "values"),
     }
     if found.sinks is not None:
         operands["sinks"] = sinks(found, like)
@@ -56,8 +57,7 @@ def output(found: Attention) -> Output:
 
 def extents(found: Attention) -> list[Extent]:
     """Where the sizes of an attention's dimensions can be read: its operands."""
-    nodes = (found.q.node, found.k.node, found.v.node)
-    return [Extent(node, d) for node in nodes for d in range(len(shape_of(node)))]
+    return [Extent(node, d) for node in found.operands for d in range(len(shape_of(node)))]
 
 
 def sinks(found: Attention, like: list[Extent]) -> Operand:

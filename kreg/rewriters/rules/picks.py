@@ -2,13 +2,16 @@
 
 An op that picks promises a set. Which slot an entry is in is free, and, where nothing marks them, which entries fill
 the slots that nothing ready is left for. So every value that is computed from the picks has to come to one in which
-neither shows: membership, ``any m: picks[m] == t``, and beside it the condition that entry t is ready.
+neither shows. The order does not show in an ``any`` or an exact sum over the slots of what is the same function of
+every slot's entry. The choice does not show if that function is constant for entries that are not ready; or where it
+is membership, ``any m: picks[m] == t``, beside the condition that entry t is ready.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -20,6 +23,7 @@ from kreg.rewriters.notation import Expr
 from kreg.rewriters.site import Refused
 
 ORDER, CHOICE = "the order", "the choice among those not ready"
+WORST = ("", CHOICE, ORDER)
 
 CHOICES = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.masked_fill.Scalar})
 
@@ -112,8 +116,21 @@ def leads_only_to(node: Node, target: Node, depth: int = 8) -> bool:
     )
 
 
-Readiness = Callable[[n.Load, Expr], Expr]
+Readiness = Callable[[Lifter, n.Load, Expr], Expr]
 """The condition that a place, named by an element of the picks, is ready."""
+
+
+@dataclass
+class Uses:
+    """How an expression reads the picks.
+
+    Attributes:
+        members: membership.
+        slots: any other function of a slot's entry, the same for every slot; all slots are asked.
+    """
+
+    members: list[Member] = field(default_factory=list)
+    slots: list[tuple[n.Load, Expr]] = field(default_factory=list)
 
 
 def shows_sets_only(lifter: Lifter, picked: Node, ready: Readiness | None) -> None:
@@ -125,13 +142,15 @@ def shows_sets_only(lifter: Lifter, picked: Node, ready: Readiness | None) -> No
     Raises:
         Refused: what else of the picks is read, and where.
     """
-    lifter = Lifter({*lifter.opaque, picked})
     reached, pending = {picked}, [picked]
     while pending:  # everything computed from the picks
         for user in pending.pop().users:
             if user not in reached:
                 reached.add(user)
                 pending.append(user)
+    whole = Lifter({*lifter.opaque, picked})
+    # A smaller expression may tell what a large one does not.
+    beside = Lifter({*whole.opaque, *_beside(reached)})
     shown = {picked: ORDER}
     pending = [picked]
     while pending:
@@ -139,7 +158,10 @@ def shows_sets_only(lifter: Lifter, picked: Node, ready: Readiness | None) -> No
         for user in users(node):
             if user in shown or _is_number(user):
                 continue
-            what = _shown(lifter, user, picked, reached, ready) if is_tensor(user) else ORDER
+            what = _shown(whole, user, picked, reached, ready) if is_tensor(user) else ORDER
+            if what and is_light(user):
+                with suppress(Refused):  # where readiness itself is not read so
+                    what = min(what, _shown(beside, user, picked, reached, ready), key=WORST.index)
             shown[user] = what = what and (shown[node] if what == ORDER else what)
             if what and (user.op == "output" or not is_light(user)):
                 raise Refused(f"{what} of the selected places matters to {user.name}", user)
@@ -152,38 +174,114 @@ def _is_number(node: Node) -> bool:
     return node.op == "call_function" and not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list))
 
 
+def _beside(reached: Collection[Node]) -> Iterator[Node]:
+    """What is read together with the picks and does not come from them, but for constants."""
+    from_inputs: dict[Node, bool] = {}
+
+    def depends(node: Node) -> bool:
+        if node not in from_inputs:
+            tensors = (i for i in node.all_input_nodes if is_tensor(i))  # sizes are no values
+            from_inputs[node] = node.op != "call_function" or any(depends(i) for i in tensors)
+        return from_inputs[node]
+
+    return (
+        source
+        for node in reached
+        for source in node.all_input_nodes
+        if source not in reached and is_tensor(source) and depends(source)
+    )
+
+
 def _shown(lifter: Lifter, node: Node, picked: Node, reached: Collection[Node], ready: Readiness | None) -> str:
     """What of the picks a node's elements still show; "" if only which ready entries are among them."""
     index = tuple(n.Var(f"x{d}", extent) for d, extent in enumerate(shape_of(node)))
     e = lifter.element(node, index)
-    members: list[Member] = []
-    if not _collect(e, picked, reached, members):
+    uses = Uses()
+    if not _collect(e, picked, reached, uses):
         return ORDER
-    if ready is None or not members:
+    if ready is None:
         return ""
-    for found in members:
-        if found != members[0] and (found.element.index[:-1], found.place) != (
-            members[0].element.index[:-1],
-            members[0].place,
-        ):
+    for element, body in uses.slots:
+        late = without(body, n.conjuncts(ready(lifter, element, element)))
+        if any(_reads(part, reached) for part in late.walk()):
             return CHOICE
-    late = without(e, n.conjuncts(ready(members[0].element, members[0].place)))
+    if not uses.members:
+        return ""
+    first, *others = [(member.element, member.place) for member in uses.members]
+    if any((element.index[:-1], place) != (first[0].index[:-1], first[1]) for element, place in others):
+        return CHOICE
+    late = without(e, n.conjuncts(ready(lifter, *first)))
     return CHOICE if any(_reads(part, reached) for part in late.walk()) else ""
 
 
-def _collect(e: Expr, picked: Node, reached: Collection[Node], members: list[Member]) -> bool:
-    """Whether an expression reads the picks by membership alone; all of it goes into ``members``."""
+def _collect(e: Expr, picked: Node, reached: Collection[Node], uses: Uses) -> bool:
+    """Whether an expression reads the picks without their order; how it does goes into ``uses``."""
     if _reads(e, reached):
         return False
     if isinstance(e, n.Reduce) and any(_reads(part, reached) for part in e.walk()):
         found = member(e)
-        if found is None or found.element.node is not picked or any(_reads(p, reached) for p in found.place.walk()):
-            return False
-        if e.variable.size != shape_of(picked)[-1]:  # the first few of them
-            return False
-        members.append(found)
-        return True
-    return all(_collect(child, picked, reached, members) for child in e.children)
+        whole = e.variable.size == shape_of(picked)[-1]  # not the first few of them
+        if found is not None and found.element.node is picked and whole:
+            if any(_reads(p, reached) for p in found.place.walk()):
+                return False
+            uses.members.append(found)
+            return True
+        of_slot = _of_slots(e, picked, reached)
+        if of_slot is not None:
+            uses.slots.append(of_slot)
+            return True
+    return all(_collect(child, picked, reached, uses) for child in e.children)
+
+
+def _of_slots(e: n.Reduce, picked: Node, reached: Collection[Node]) -> tuple[n.Load, Expr] | None:
+    """An element of the picks, and the function of it that a reduction joins over all slots; None if it is none.
+
+    The variable may run through several places of each slot, one slot after the other, and through places that have
+    nothing to do with the picks, before them and behind.
+    """
+    if e.kind == "sum" and not n.is_integral(e.body):
+        return None
+    asked = {part.index[-1] for part in e.walk() if isinstance(part, n.Load) and part.node is picked}
+    found = _slot(asked.pop(), e.variable) if len(asked) == 1 else None
+    if found is None:
+        return None
+    (width, before), count = found, shape_of(picked)[-1]
+    behind = e.variable.size - width * count - before
+    if before < 0 or not n.never_negative(n.size(behind)):
+        return None  # not all slots
+    slot, within = n.fresh("i", count), n.fresh("r", width)
+    first = n.Const(before)
+    own = n.add(first, n.add(n.mul(n.Const(width), slot), within if width > 1 else n.ZERO))
+    last = n.add(first, n.size(width * count))
+    for start, size in ((n.ZERO, before), (last, behind)):
+        place = n.add(start, n.fresh("m", size))
+        if size != 0 and any(_reads(part, reached) for part in n.substitute(e.body, {e.variable: place}).walk()):
+            return None
+    body = n.substitute(e.body, {e.variable: own})
+    loads = {part for part in body.walk() if _reads(part, reached)}
+    element = loads.pop() if len(loads) == 1 else None
+    if not isinstance(element, n.Load) or element.node is not picked or element.index[-1] != slot:
+        return None
+    if any({slot, within} & i.variables for i in element.index[:-1]) or _reads_beside(body, slot, element):
+        return None
+    return element, body
+
+
+def _slot(place: Expr, variable: n.Var) -> tuple[int, int] | None:
+    """Of ``(variable - before) // width``: the width, and how many come before."""
+    terms, whole = n.parts(place)
+    match list(terms.items()):
+        case [(n.Var() as found, 1)] if found == variable:
+            return 1, -whole
+        case [(n.Apply("floordiv", (inner, n.Const(int(width)))), 1)]:
+            of_inner, rest = n.parts(inner)
+            return (width, -whole * width - rest) if of_inner == {variable: 1} else None
+    return None
+
+
+def _reads_beside(e: Expr, variable: n.Var, element: Expr) -> bool:
+    """Whether a variable is in an expression elsewhere than in one element."""
+    return e == variable or (e != element and any(_reads_beside(c, variable, element) for c in e.children))
 
 
 def _reads(e: Expr, nodes: Collection[Node]) -> bool:

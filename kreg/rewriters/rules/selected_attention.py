@@ -80,7 +80,7 @@ def find(context: Context, anchor: Node) -> Site:
     }
     producer = context.producers.get(selection.element.node)
     by = "input" if selection.element.node.op == "placeholder" else "computed" if producer is None else producer.op.name
-    return Site(OP, anchor, operands, attributes, (output(found),), _mask(structure, block, by))
+    return Site(OP, anchor, operands, attributes, (output(found),), _mask(structure, block, by), masked.claims)
 
 
 def _read(lifter: Lifter, anchor: Node) -> Attention:
@@ -88,8 +88,8 @@ def _read(lifter: Lifter, anchor: Node) -> Attention:
     found = read(lifter, anchor)
     refusal: Refused | None = None
     for indices in (None, *_written(anchor)):
-        attention = found if indices is None else read(Lifter({*lifter.opaque, indices}), anchor)
         try:
+            attention = found if indices is None else read(Lifter({*lifter.opaque, indices}), anchor)
             _selected(attention.scores.keep, attention.roles, anchor)
             return attention
         except Refused as refused:
