@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from kreg.errors import CaptureError
@@ -172,6 +173,9 @@ def analyse(
 ) -> Report:
     """The report that a rewrite would give; nothing is replaced.
 
+    A model of fake tensors (``torch._subclasses.FakeTensorMode``) is analysed layer by layer in a dry run, as a live
+    model is captured, so that depth costs nothing; every other one as a whole, as `export` captures it.
+
     Args:
         dry_run: plan as if the device and all packages were there, from the specs alone; run nothing.
 
@@ -189,6 +193,9 @@ def analyse(
         name = "ExportedProgram"
     else:
         inputs = _derived(model) if example_inputs is None else example_inputs
+        mode = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
+        if dry_run and mode is not None:
+            return live.analysed(model, settings, inputs, mode)
         captured, clock = _captured(model, inputs, dynamic_shapes, progress)
         name = type(model).__name__
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)

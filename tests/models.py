@@ -103,9 +103,9 @@ def _decoder(config: str, dtype: torch.dtype, seed: int, **options: Any) -> nn.M
     return randomized(made, seed).to(dtype).eval()
 
 
-def llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def llama(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> nn.Module:
     """Grouped heads, causal."""
-    return _decoder("LlamaConfig", dtype, seed)
+    return _decoder("LlamaConfig", dtype, seed, num_hidden_layers=layers)
 
 
 def qwen3(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

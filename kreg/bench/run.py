@@ -16,19 +16,23 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from kreg import api
-from kreg.bench.measure import free_bytes, matmul_rate, peak_bytes, seconds
+from kreg.bench.measure import free_bytes, matmul_rate, peak_bytes, seconds, timed
+from kreg.bench.steps import CACHED, WITH_CACHE, step_of
 from kreg.registry.catalogue import catalogue
 from kreg.rewriters import live
 
 Progress = Callable[[str], None]
-PASSES = ("forward", "training")
 BASELINES = ("eager", "inductor")
 ROUNDS = 5
+TURNS = {"decode": 16}
+"""Calls of each variant in a round, where one call is short."""
+WARM = {"decode": 3}
+"""Calls before the first that counts: `torch.compile` captures a cache that grows a second time."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a length, a dtype, and whether gradients are taken."""
+    """One row: a length, a dtype, and what is done (see `steps`)."""
 
     seq_len: int
     dtype: str
@@ -50,7 +54,8 @@ class Result:
 
     Attributes:
         medians: seconds by variant.
-        ratios: median over rounds of (a baseline's seconds / kreg's), by baseline.
+        ratios: median over turns of (a baseline's seconds / kreg's), by baseline.
+        processor_ratios: the same of processor time.
         peaks: bytes above the idle model, by variant.
         first: seconds of the first call, in which the variant compiles, by variant.
         skipped: why a baseline was not run.
@@ -65,6 +70,7 @@ class Result:
     peaks: dict[str, int]
     first: dict[str, float]
     skipped: dict[str, str] = field(default_factory=dict)
+    processor_ratios: dict[str, float] = field(default_factory=dict)
     shares: tuple[Share, ...] = ()
     op_rates: dict[str, float] = field(default_factory=dict)
     matmul_rate: float = 0.0
@@ -106,7 +112,7 @@ def _measure(
     progress: Progress,
     largest: dict[tuple[str, str, str], tuple[int, int]],
 ) -> Result:
-    label = f"{case.dtype} {case.step} S={case.seq_len}"
+    label = f"{case.dtype} {case.step}" + (f" S={case.seq_len}" if case.seq_len else "")
     model, inputs = build(case)
     model.train(case.step == "training")
     variants: dict[str, nn.Module] = {}
@@ -118,73 +124,63 @@ def _measure(
         else:
             variants[name] = copy.deepcopy(model)
     first: dict[str, float] = {}
-    calls: dict[str, Callable[[], object]] = {}
-    for name, variant in list(variants.items()):
+    for name, variant in variants.items():
         if name == "inductor":
             variant.compile()
-        calls[name] = _step(variant, inputs, case)
     progress(f"{label}: rewriting")
     with contextlib.redirect_stdout(io.StringIO()):
         first["kreg"] = seconds(lambda: _rewrite(model, device, inputs, case), device)
-    calls["kreg"] = _step(model, inputs, case)
-    for name, call in list(calls.items()):
+    calls: dict[str, Callable[[], object]] = {}
+    for name, variant in (*variants.items(), ("kreg", model)):
         progress(f"{label}: {name}, first call")
         try:
+            call = step_of(case.step, variant, inputs)
             first[name] = first.get(name, 0.0) + seconds(call, device)
+            for _ in range(1, WARM.get(case.step, 1)):
+                call()
         except Exception as error:  # a baseline that fails is a finding, not the end of the run
             if name == "kreg":
                 raise
-            del calls[name]
             skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    peaks: dict[str, int] = {}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name, call in calls.items():
-            progress(f"{label}: {name}, round {turn + 1} of {rounds}")
-            times[name].append(seconds(call, device))
-    for name, call in calls.items():
-        peak = peak_bytes(call, device)
-        if peak is not None:
-            peaks[name] = peak
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times["kreg"], strict=True))
-        for name in calls
-        if name != "kreg"
-    }
+        else:
+            calls[name] = call
+    times = _in_turn(calls, rounds * TURNS.get(case.step, 1), device, lambda text: progress(f"{label}: {text}"))
+    peaks = {name: peak for name, call in calls.items() if (peak := peak_bytes(call, device)) is not None}
     shares, rates = _profile(model, calls["kreg"])
     rate = matmul_rate(getattr(torch, case.dtype), device)
-    medians = {name: statistics.median(t) for name, t in times.items()}
+    medians = {name: statistics.median(wall for wall, _ in t) for name, t in times.items()}
     answered = api.report(model).calls
-    if answered.original:
+    if answered.original and case.step != "decode":  # where that is meant
         skipped["kreg"] = f"{answered.original} calls ran the original code"
-    return Result(case, medians, ratios, peaks, first, skipped, shares, rates, rate)
+    return Result(case, medians, _ratios(times, 0), peaks, first, skipped, _ratios(times, 1), shares, rates, rate)
+
+
+Times = dict[str, list[tuple[float, float]]]
+"""Wall and processor time of each turn, by variant."""
+
+
+def _in_turn(calls: dict[str, Callable[[], object]], turns: int, device: str, progress: Progress) -> Times:
+    """Every variant once in each turn, in an order that is turned round each time: none is always behind another."""
+    times: Times = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in list(calls) if turn % 2 == 0 else reversed(calls):
+            progress(f"{name}, turn {turn + 1} of {turns}")
+            times[name].append(timed(calls[name], device))
+    return times
+
+
+def _ratios(times: Times, clock: int) -> dict[str, float]:
+    return {
+        name: statistics.median(a[clock] / max(b[clock], 1e-9) for a, b in zip(turns, times["kreg"], strict=True))
+        for name, turns in times.items()
+        if name != "kreg"
+    }
 
 
 def _rewrite(model: nn.Module, device: str, inputs: dict[str, Any], case: Case) -> None:
     settings = replace(api.settings_for(device, model, verify=False), dynamic=False)
     with torch.set_grad_enabled(case.step == "training"):
-        live.attach(model, settings, inputs)
-
-
-def _step(model: nn.Module, inputs: dict[str, Any], case: Case) -> Callable[[], object]:
-    if case.step == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return model(**inputs)
-
-        return forward
-
-    def training() -> object:
-        for p in model.parameters():
-            p.grad = None
-        out = model(**inputs)
-        out = next(v for v in (out.values() if isinstance(out, dict) else (out,)) if isinstance(v, torch.Tensor))
-        loss = out.float().square().mean()
-        loss.backward()
-        return loss
-
-    return training
+        live.attach(model, settings, inputs | CACHED if case.step in WITH_CACHE else inputs)
 
 
 def _too_large(case: Case, seen: tuple[int, int] | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kreg.cli.models import Shape, Subject, placed
 from kreg.cli.output import BadInput
@@ -23,7 +24,7 @@ def build(folder: Path, shape: Shape, device: str | None, *, weightless: bool) -
         folder: holds the config.json.
         shape: of the example input.
         device: where to put it.
-        weightless: shapes are enough: on torch's "meta" device.
+        weightless: shapes are enough: weights and inputs are fake tensors.
 
     Raises:
         BadInput: transformers is missing, or does not know the model, or it does not fit into memory.
@@ -31,11 +32,11 @@ def build(folder: Path, shape: Shape, device: str | None, *, weightless: bool) -
     transformers = _transformers()
     config = _config(transformers, folder)
     dtype = shape.dtype or _declared(config) or torch.float32
-    with torch.device("meta"):
+    with FakeTensorMode() if weightless else torch.device("meta") as without:
         model = _model(transformers, config, dtype, folder)
     inputs = example(model, shape)
-    if weightless:
-        return Subject(type(model).__name__, model.eval(), {k: _meta(v) for k, v in inputs.items()})
+    if isinstance(without, FakeTensorMode):
+        return Subject(type(model).__name__, model.eval(), {k: without.from_tensor(v) for k, v in inputs.items()})
     _refuse_too_large(model, folder)
     torch.manual_seed(0)
     model = _model(transformers, config, dtype, folder)
@@ -125,10 +126,6 @@ def _refuse_too_large(model: nn.Module, folder: Path) -> None:
             f"{str(folder)!r} needs {needed / 2**30:,.1f} GiB for its weights, and {free / 2**30:,.1f} GiB "
             "are free: use --dry-run, which needs none, or a config with fewer layers"
         )
-
-
-def _meta(value: torch.Tensor) -> torch.Tensor:
-    return value.to("meta")
 
 
 def _short(error: BaseException) -> str:

@@ -259,25 +259,34 @@ def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     return backward
 
 
-def direct(op: Op) -> Callable[..., Any]:
+def direct(op: Op, constants: Mapping[str, Any]) -> Callable[..., Any]:
     """``torch.ops.kreg.<name>`` without the dispatcher, for plain tensors: a call costs little more than its kernel.
 
     Fake tensors, subclasses, dispatch modes and the profiler get the operator itself.
+
+    Args:
+        constants: keyword arguments that are the same at each call, ``kernel`` among them.
     """
-    operator = overload(op)
-    tensors = tuple(op.tensors)
+    operator, single = overload(op), op.outputs == 1
+    names = op.arguments
+    name = constants.get("kernel", "")
+    fixed = {**op.defaults, **constants, "kernel": name}
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        first = args[0]
-        if type(first) not in _PLAIN or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
-            return operator(*args, **kwargs)
+        if (
+            type(args[0]) not in _PLAIN
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return operator(*args, **constants, **kwargs)
+        arguments = {**fixed, **dict(zip(names, args, strict=False)), **kwargs}
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            arguments = bind(op, args, kwargs)
-            kernel = arguments.pop("kernel", "")
-            values = [arguments.pop(name, None) for name in tensors]
-            found = _Direct.apply(op, kernel, arguments, *values)  # type: ignore[no-untyped-call]
-            return found[0] if op.outputs == 1 else found
-        return _packed(op, _call(op, bind(op, args, kwargs)))
+            del arguments["kernel"]
+            values = [arguments.pop(tensor, None) for tensor in op.tensors]
+            found = _Direct.apply(op, name, arguments, *values)  # type: ignore[no-untyped-call]
+        else:
+            found = _call(op, arguments)
+        return found[0] if single else found
 
     call.__name__ = f"kreg_{op.name}"
     return call

@@ -52,8 +52,8 @@ class Account:
         return frozenset(site.kernel for site in sites if site.kernel is not None)
 
     def ran(self, variant: Variant) -> None:
-        """A variant answered for the region that is running."""
-        self._now.rewritten = True
+        """A variant answers for the region that is running."""
+        self._now.rewritten |= variant.replaced and not variant.report.dry_run
         self._answers(variant)
 
     def _answers(self, variant: Variant) -> None:

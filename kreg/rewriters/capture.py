@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -51,6 +52,7 @@ def export_model(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any =
         CaptureError: the exporter's own reason, and the module in which it happened.
     """
     args, kwargs = split_inputs(example_inputs)
+    _refuse_sharded(model)
     shapes = _automatic(args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     training = {module: module.training for module in model.modules()}
     try:
@@ -60,6 +62,23 @@ def export_model(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any =
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """An exported program is one process's: it has no place for weights or collectives of several."""
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise CaptureError(
+            "DistributedDataParallel holds a model for training in several processes: export the model inside, "
+            "kreg.export(ddp.module, ...)"
+        )
+    gathered = fsdp is not None and isinstance(model, fsdp.FSDPModule)
+    sharded = [] if tensor is None else [n for n, p in model.named_parameters() if isinstance(p, tensor.DTensor)]
+    if gathered or sharded:
+        raise CaptureError(
+            f"{type(model).__name__} is sharded over processes ({sharded[0] if sharded else 'by fully_shard'}): export "
+            f"it before it is sharded, and load its weights there. kreg.rewrite(model) takes it as it is"
+        )
 
 
 def _automatic(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -72,12 +72,16 @@ class Continuation:
     symbols: Mapping[sympy.Expr, tuple[int, int]]
     count: int
 
-    def given(self, inputs: Sequence[Any]) -> list[torch.Tensor] | None:
-        """The further inputs for a call, or None if an input of it was made in another way."""
-        sizes = values(self.symbols, inputs)
+    def given(self, made: Mapping[int, Made], sizes: Sizes) -> list[torch.Tensor] | None:
+        """The further inputs for a call, or None if an input of it was made in another way.
+
+        Args:
+            made: how inputs of the call were made, by position.
+            sizes: what the symbols are in the call.
+        """
         found: dict[int, Given] = {}
         for position, pattern in self.patterns.items():
-            origin = origin_of(inputs[position])
+            origin = made.get(position)
             if origin is None or not _matches(pattern, origin, sizes, found):
                 return None
         return [found[i].tensor for i in range(self.count)]

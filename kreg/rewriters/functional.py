@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kreg.rewriters.graph import STORED, aten
+from kreg.rewriters.vmapped import without_vmap
 
 for _bracket in (predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting):
     has_side_effect(_bracket)  # what stands between them means something else without them
@@ -60,7 +61,7 @@ def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModu
         module: a graph from ``torch.export`` or Dynamo.
         inputs: fake tensors, SymInts and constants, one for each of its inputs.
     """
-    source = without_idle_dropout(module)
+    source = without_idle_dropout(without_vmap(module))
     if next(source.parameters(), None) is not None or next(source.buffers(), None) is not None:
         raise NotImplementedError("a graph that holds parameters or buffers itself, instead of being given them")
     if any(is_traceable_wrapper_subclass(value) for value in inputs):
@@ -441,8 +442,9 @@ def _cat_of_what_is_there(node: Node) -> None:
         return
     if len(there) > 1:
         node.args = (there, *node.args[1:])
-    else:  # still a tensor of its own: a cache may be written into
-        node.target, node.args, node.kwargs = aten.clone.default, (there[0],), {}
+    else:  # still a tensor of its own, in one piece: a cache may be written into, and viewed
+        node.target, node.args = aten.clone.default, (there[0],)
+        node.kwargs = {"memory_format": torch.contiguous_format}
 
 
 def drop_idle_switches(module: GraphModule) -> None:

@@ -462,9 +462,31 @@ def _cast(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     if new is torch.bool:
         return n.truth(value)
     if old.is_floating_point:
-        name = "rounded" if new.is_floating_point else "truncated"
-        return n.apply(f"{name}:{str(new).removeprefix('torch.')}", value)
-    return _numeric(value)
+        return _narrowed(value, new)
+    value = _numeric(value)
+    return value if new not in _WHOLE or _lies_within(value, *_WHOLE[new]) else _narrowed(value, new)
+
+
+def _narrowed(e: Expr, dtype: torch.dtype) -> Expr:
+    name = "rounded" if dtype.is_floating_point else "truncated"
+    return n.apply(f"{name}:{str(dtype).removeprefix('torch.')}", e)
+
+
+_WHOLE: dict[torch.dtype, tuple[int, int]] = {
+    torch.uint8: (0, 255),
+    torch.int8: (-128, 127),
+    torch.int16: (-(2**15), 2**15 - 1),
+    torch.float16: (-(2**11), 2**11),
+    torch.bfloat16: (-(2**8), 2**8),
+}
+"""Between which integers a dtype holds every one; of wider ones it is taken that they hold what a model has."""
+
+
+def _lies_within(e: Expr, least: int, most: int) -> bool:
+    low, high = n.lower(e), n.upper(e)
+    if low is None or high is None:
+        return False
+    return n.never_negative(n.sub(low, n.Const(least))) and n.never_negative(n.sub(n.Const(most), high))
 
 
 def _where(lifter: Lifter, node: Node, index: Index) -> Expr:
@@ -928,4 +950,6 @@ def leads_to_structure(node: Node, depth: int = 8) -> bool:
     if node.target in CONTRACTIONS or (node.target not in POINTWISE and node.target not in LAYOUT):
         return False
     first = _args(node)[0] if _args(node) else None
+    if node.target is operator.getitem and isinstance(first, Node):  # a piece of a split
+        first = _args(first)[0]
     return isinstance(first, Node) and is_tensor(first) and leads_to_structure(first, depth - 1)

@@ -19,15 +19,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from kreg.rewriters.account import Account
 from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
+from kreg.rewriters.captured import Known, captured
 from kreg.rewriters.pipeline import Settings
 from kreg.rewriters.provenance import Recorder
 from kreg.rewriters.regions import regions, scopes
-from kreg.rewriters.variants import Compiled, captured
+from kreg.rewriters.report import Report
+from kreg.rewriters.variants import Compiled
 
 log = logging.getLogger("kreg")
 
@@ -44,6 +48,7 @@ class RewrittenModel:
         self.regions = regions(model)
         self.scopes = scopes(model, self.regions)
         self.account = Account(type(model).__name__, settings.environment.device, tuple(self.regions))
+        self.known: Known = {}
         self.fixed = self._compiled(dynamic=False)
         self.varying = self._compiled(dynamic=True)
 
@@ -55,7 +60,7 @@ class RewrittenModel:
         return compiled
 
     def _backend(self, module: GraphModule, example_inputs: Any) -> Compiled:
-        return captured(module, self.settings, self.account.model, self.account)
+        return captured(module, self.settings, self.account.model, self.account, known=self.known)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +79,7 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call; that of the whole model is counted."""
-        if torch.compiler.is_compiling():
+        if _traced():
             return self.module._call_impl(*args, **kwargs)
         if self.path:
             return self.answer(args, kwargs)
@@ -120,10 +125,12 @@ class RegionCall(_Call):
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a rewritten graph gives where one covers the inputs, else the original code."""
-        first = self.first(args, kwargs)
-        owner = self.owner
-        if first is None or _thread.inside == "step" or (first.dim() == 3 and first.shape[1] == 1):
+        if _thread.inside == "step":
             return self.module._call_impl(*args, **kwargs)
+        first = self.first(args, kwargs)
+        if first is None or (first.dim() == 3 and first.shape[1] == 1):
+            return self.module._call_impl(*args, **kwargs)
+        owner = self.owner
         with _unwatched() as alone:
             if not alone:
                 return self.module._call_impl(*args, **kwargs)
@@ -144,14 +151,23 @@ class RegionCall(_Call):
         return self.owner.varying
 
 
+def _traced() -> bool:
+    """Whether this thread traces the call; ``torch.compiler.is_compiling`` is also true while another one traces."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and get_proxy_mode() is not None
+
+
 class _Thread(threading.local):
     inside = ""
     """The outermost scope that runs in this thread: "" for none, "step" for one with a single position, "call"."""
 
     def __init__(self) -> None:
         # A scale or an epsilon is part of the code, and no input. Made once: making it takes longer than entering it.
-        # Sizes that depend on data (a boolean index) stay in the graph.
-        self.capturing = torch._dynamo.config.patch(specialize_float=True, capture_dynamic_output_shape_ops=True)
+        # Sizes that depend on data (a boolean index) stay in the graph; hooks that come later are seen.
+        self.capturing = torch._dynamo.config.patch(
+            specialize_float=True, capture_dynamic_output_shape_ops=True, skip_nnmodule_hook_guards=False
+        )
 
 
 _thread = _Thread()
@@ -176,7 +192,12 @@ def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) 
     Raises:
         CaptureError: the model does not run on the example inputs.
     """
-    inputs = example_inputs_for(model) if example_inputs is None else split_inputs(example_inputs)
+    to_come = any(p.is_meta for p in model.parameters())  # such weights are not run: the first call captures
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    if example_inputs is not None:
+        inputs = split_inputs(example_inputs)
+    elif not to_come:
+        inputs = example_inputs_for(model)
     detach(model)
     owner = RewrittenModel(model, settings)
     try:
@@ -199,6 +220,19 @@ def _capture(model: nn.Module, owner: RewrittenModel, args: tuple[Any, ...], kwa
             model(*args, **kwargs)
     except Exception as error:
         raise failure(model, error, "captured") from error
+
+
+def analysed(model: nn.Module, settings: Settings, inputs: Inputs, mode: FakeTensorMode) -> Report:
+    """The report of a model of fake tensors, layer by layer; the model is left as it was.
+
+    Raises:
+        CaptureError: the model does not run on the inputs.
+    """
+    settings.progress(f"capturing {type(model).__name__} layer by layer")
+    with mode:
+        owner = attach(model, settings, inputs)
+    detach(model)
+    return owner.account.report()
 
 
 def attached(model: nn.Module) -> RewrittenModel:
@@ -229,7 +263,7 @@ def example_inputs_for(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     length = min(EXAMPLE_LENGTH, int(getattr(config, "max_position_embeddings", None) or EXAMPLE_LENGTH))
-    tokens = torch.randint(vocabulary, (2, length), generator=generator)
+    tokens = torch.randint(vocabulary, (2, length), generator=generator, device="cpu")
     return (), {"input_ids": tokens.to(device)}
 
 

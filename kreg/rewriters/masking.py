@@ -23,6 +23,7 @@ from kreg.rewriters.arrange import Group, arrange, bind, condition, in_a_row, re
 from kreg.rewriters.graph import STORED, argument, aten, dtype_of, is_tensor
 from kreg.rewriters.lift import broadcast
 from kreg.rewriters.notation import Expr
+from kreg.rewriters.packed import by_places
 from kreg.rewriters.scores import INFINITE, Bias, MaskTerm
 from kreg.rewriters.site import Claim, Extent, Mask, Operand, Refused
 from kreg.rewriters.softmax import Attention
@@ -76,12 +77,17 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like, biases))
 
 
-def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
+def _all_kept(terms: Sequence[MaskTerm]) -> Expr:
     keep: Expr = n.TRUE
     for term in terms:
         keep = n.and_(keep, term.keep)
+    return keep
+
+
+def _read(found: Attention, terms: Sequence[MaskTerm]) -> masks.Structure:
     roles = found.roles
     square = roles.queries == roles.key.size
+    keep = by_places(found.lifter, _all_kept(terms))
     return masks.read(keep, roles.query_index, roles.key, roles.batch, square)
 
 
@@ -150,11 +156,19 @@ def _sum(
             part = _along_keys(found, bias, lambda own, its: _sum(found, own, its, like, full=True), like)
         else:
             expression, factor = _held(found, bias)
-            part = _bound(found, expression, want, "bias", like, full)
+            part = _of_bias(found, expression, want, like, full)
             part = part if factor == 1.0 else part.then(aten.mul.Scalar, factor)
         total = part if total is None else total.then(aten.add.Tensor, part)
     assert total is not None
     return total
+
+
+def _of_bias(found: Attention, e: Expr, want: Sequence[Group], like: Sequence[Extent], full: bool) -> Operand:
+    """The tensor of a bias; one of booleans as the numbers 0 and 1 that are added."""
+    match e:
+        case n.Apply("indicator", (holds,)) if e not in found.lifter.origins:
+            return _condition(found, holds, want, like, full).then(aten.to.dtype, dtype_of(found.output))
+    return _bound(found, e, want, "bias", like, full)
 
 
 def _along_keys(
@@ -218,7 +232,9 @@ def _inputs(
     opaque = (*structure.rest, *structure.entries)
     try:
         if structure.documents is not None:
-            operands["documents"] = _bound(found, structure.documents, keys, "documents", like, full=True)
+            held = _bound(found, structure.documents, keys, "documents", like, full=True)
+            keep = _all_kept(terms)
+            operands["documents"] = replace(held, follows=by_places(found.lifter, keep) != keep)
         if structure.padding:
             padding = [_condition(found, c, keys, like, full=True) for c in structure.padding]
             operands["padding"] = _all(padding)

@@ -853,8 +853,10 @@ def substitute(e: Expr, values: dict[Var, Expr]) -> Expr:
             if function in ("and", "or"):
                 return _joined(function, new)
             if function in ("add", "mul"):
-                result = new[0]
-                for argument in new[1:]:
+                # a constant is multiplied in last, as it was: ``-1 * (a * b)`` of integers is not ``(-1 * a) * b``
+                first = new[1:] + new[:1] if function == "mul" and isinstance(new[0], Const) else new
+                result = first[0]
+                for argument in first[1:]:
                     result = (add if function == "add" else mul)(result, argument)
                 return result
             return _REBUILD[function](*new) if function in _REBUILD else Apply(function, new)

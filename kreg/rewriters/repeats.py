@@ -62,9 +62,11 @@ class Repeats:
         """
         parts = [part for operand in site.operands.values() for part in operand.parts]
         operands = dict.fromkeys(part.node for part in parts)
-        twins = {node: part.node for part in parts for node in part.same}
-        outputs = [output.node for output in site.outputs]
-        region = list(islice(upstream(outputs, {*operands, *twins}), LARGEST + 1))
+        free = [part for part in parts if not part.follows]
+        twins = {node: part.node for part in free for node in part.same}
+        follow = [part.node for part in parts if part.follows]
+        wanted = [*(output.node for output in site.outputs), *follow]
+        region = list(islice(upstream(wanted, {*(part.node for part in free), *twins}), LARGEST + 1))
         if len(region) > LARGEST:
             raise _Unknown
         number = {node: place for place, node in enumerate(chain(operands, region))}

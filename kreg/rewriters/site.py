@@ -47,13 +47,15 @@ class Operand:
     """A tensor argument: a node of the captured graph, and how to bring it into the op's layout.
 
     ``levels`` are the only values that the node's tensor holds, where they are known; ``same`` are other nodes that
-    hold the same tensor.
+    hold the same tensor; ``follows`` says that it is made of what the site's own code reads, too, so that it has no
+    values of its own.
     """
 
     node: Node
     calls: Calls = ()
     levels: tuple[float, ...] = ()
     same: tuple[Node, ...] = ()
+    follows: bool = False
 
     def cast(self, dtype: torch.dtype) -> Operand:
         """The same operand in another dtype."""

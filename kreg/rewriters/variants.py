@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
 
 from kreg.registry.library import direct
+from kreg.rewriters.bindings import bind
 from kreg.rewriters.capture import first_sentences
 from kreg.rewriters.continued import Continuation, continue_past, settle, symbols_of, values
 from kreg.rewriters.facts import op_nodes
@@ -34,6 +35,7 @@ from kreg.rewriters.report import Report
 log = logging.getLogger("kreg")
 
 Compiled = Callable[..., Any]
+Conditions = tuple[Callable[[Mapping[Any, int]], bool], ...]
 Finish = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 VARIANTS = 8
@@ -55,7 +57,7 @@ class Listener(Protocol):
         """A variant was made."""
 
     def ran(self, variant: Variant) -> None:
-        """A variant in which something was replaced answered."""
+        """A variant is about to answer: by its original graph, where nothing is replaced in it."""
 
     def failed(self, reason: str) -> None:
         """The original code answered, for this reason."""
@@ -78,7 +80,7 @@ class Variant:
     report: Report
     graph: int
     continuation: Continuation | None = None
-    conditions: tuple[Callable[[Mapping[Any, int]], bool], ...] = ()
+    conditions: Conditions = ()
     broken: bool = False
     replaced: bool = field(init=False)
 
@@ -90,51 +92,11 @@ class Variant:
         """The inputs whose makers are part of the graph."""
         return set() if self.continuation is None else self.continuation.patterns.keys()
 
-    def further(self, inputs: Sequence[Any], symbols: Mapping[sympy.Expr, tuple[int, int]]) -> list[Any] | None:
-        """The further inputs for a call; None if the variant does not cover it."""
-        if self.broken:
+    def further(self, made: Mapping[int, Made], sizes: Mapping[Any, int]) -> list[Any] | None:
+        """The further inputs for a call, by how its inputs were made; None if the variant does not cover it."""
+        if self.broken or not all(condition(sizes) for condition in self.conditions):
             return None
-        if self.conditions:
-            sizes = values(symbols, inputs)
-            if not all(condition(sizes) for condition in self.conditions):
-                return None
-        return [] if self.continuation is None else self.continuation.given(inputs)
-
-
-def captured(module: GraphModule, *rest: Any, **options: Any) -> Compiled:
-    """A graph of Dynamo's as something to call: see `CapturedGraph`.
-
-    What the graph checkpoints (``torch.utils.checkpoint``) is a graph of its own, captured and recomputed as such.
-    """
-    checkpoints = [
-        node for node in module.graph.nodes if node.target is torch.ops.higher_order.tag_activation_checkpoint
-    ]
-    if not checkpoints:
-        return CapturedGraph(module, *rest, **options)
-    for node in checkpoints:
-        inner = module.get_submodule(str(node.args[0].target))
-        assert isinstance(inner, GraphModule)
-        body = CapturedGraph(inner, *rest, **options)
-        with module.graph.inserting_before(node):
-            call = module.graph.call_function(_checkpointed(body, node), node.args[1:])
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    forward: Compiled = module.forward
-    return forward
-
-
-def _checkpointed(body: CapturedGraph, node: Node) -> Compiled:
-    options: dict[str, Any] = dict(node.kwargs)
-    if context := node.meta.get("_checkpoint_context_fn"):
-        options["context_fn"] = context
-
-    def checkpointed(*inputs: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(body, *inputs, **options)
-
-    return checkpointed
+        return [] if self.continuation is None else self.continuation.given(made, sizes)
 
 
 class CapturedGraph:
@@ -169,7 +131,10 @@ class CapturedGraph:
         self.lock = threading.RLock()
         self.clock = Clock()
         self.functional: GraphModule | None = None
+        self.assumed: Conditions = ()
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        guards = _guards(placeholders, "example_value")
+        before = len(guards)
         try:
             with self.clock.stage("capture"):
                 fakes = [node.meta["example_value"] for node in placeholders]
@@ -181,14 +146,24 @@ class CapturedGraph:
         self.symbols = symbols_of(inputs)
         self.watched = [i for i, node in enumerate(inputs) if _may_be_made(node, placeholders[i])]
         with self.lock:  # now, so that what is assumed of sizes becomes Dynamo's guards
-            examples = _examples(placeholders) or ()
+            examples = _examples(placeholders)
             self._add(self._makers(examples) if examples else {}, examples)
+        self.assumed = _conditions(guards[before:])
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether what was assumed of sizes for this graph, beyond its operators, is so in a call of the same code."""
+        if not self.assumed:
+            return True
+        sizes = values(self.symbols, inputs)
+        return all(condition(sizes) for condition in self.assumed)
 
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs."""
         if self.functional is None:
             return self.original(*inputs)
         variant, further = self._choose(inputs)
+        if variant is not None and self.listener is not None:
+            self.listener.ran(variant)
         if variant is None or not variant.replaced:
             return self.original(*inputs)
         try:
@@ -199,32 +174,30 @@ class CapturedGraph:
             outputs = self.original(*inputs)  # an error of the model's own is raised here
             variant.broken = True
             self._failed("a rewritten graph failed while running", error)
-            return outputs
-        if self.listener is not None:
-            self.listener.ran(variant)
         return outputs
 
     def _choose(self, inputs: Sequence[Any]) -> tuple[Variant | None, list[Any]]:
         """The variant that rests on most of how the inputs of a call were made, and the further inputs for it."""
-        made = self._makers(inputs)
+        made, sizes = self._makers(inputs), values(self.symbols, inputs)
         second: tuple[Variant | None, list[Any]] | None = None
         for variant in self.variants:
-            further = variant.further(inputs, self.symbols)
+            further = variant.further(made, sizes)
             if further is not None and variant.rests_on >= made.keys():
                 return variant, further
             if further is not None and second is None:
                 second = variant, further
-        with self.lock:
-            if made and self._is_new(inputs):
-                new = self._add(made, inputs)
-                further = None if new is None else new.further(inputs, self.symbols)
-                if further is not None:
-                    return new, further
-            if second is not None:
-                return second
-            if self.base is None and not self.hopeless:
-                self._add({}, ())
-        if self.base is None or self.base.further(inputs, self.symbols) is None:
+        if made or self.base is None:
+            with self.lock:
+                if made and self._is_new(made, sizes):
+                    new = self._add(made, inputs)
+                    further = None if new is None else new.further(made, sizes)
+                    if further is not None:
+                        return new, further
+                if second is not None:
+                    return second
+                if self.base is None and not self.hopeless:
+                    self._add({}, ())
+        if self.base is None or self.base.further(made, sizes) is None:
             return None, []
         return self.base, []
 
@@ -232,11 +205,11 @@ class CapturedGraph:
         """How inputs of a call were made, by position, where that is known."""
         return {i: origin for i in self.watched if isinstance(origin := origin_of(inputs[i]), Made)}
 
-    def _is_new(self, inputs: Sequence[Any]) -> bool:
+    def _is_new(self, made: Mapping[int, Made], sizes: Mapping[Any, int]) -> bool:
         """Whether inputs were made in a way that was not tried yet, and another one may be tried."""
         if len(self.variants) + len(self.refused) + self.misfits >= VARIANTS:
             return False
-        return all(continuation.given(inputs) is None for continuation in self.refused)
+        return all(continuation.given(made, sizes) is None for continuation in self.refused)
 
     def _add(self, made: dict[int, Made], inputs: Sequence[Any]) -> Variant | None:
         """Makes the variant for a call; the one that rests on nothing where nothing is known of its inputs."""
@@ -267,8 +240,8 @@ class CapturedGraph:
         return self.base
 
     def _variant(self, module: GraphModule, continuation: Continuation | None) -> Variant | None:
-        guards = _guards(module)
-        before = 0 if guards is None else len(guards)
+        guards = _guards(module.graph.nodes, "val")
+        before = len(guards)
         settings = self.settings
         if self.listener is not None:
             settings = replace(settings, elsewhere=self.listener.kernels)
@@ -277,7 +250,7 @@ class CapturedGraph:
         self.clock = Clock()
         if not settle(done.module):
             return None
-        conditions = () if guards is None or torch._guards.TracingContext.try_get() else _conditions(guards[before:])
+        conditions = () if torch._guards.TracingContext.try_get() else _conditions(guards[before:])
         run = self.original
         if any(site.status == "replaced" for site in done.report.sites) and not self.settings.dry_run:
             reuse(done.module)
@@ -322,10 +295,12 @@ def _return_tuple(module: GraphModule) -> None:
 
 
 def _called_directly(module: GraphModule) -> Compiled:
-    """The graph with its ops called without the dispatcher."""
-    for node, op in op_nodes(module.graph):
-        node.target = direct(op)
-    module.recompile()
+    """The graph with its ops called without the dispatcher, and the rest in the quickest way there is."""
+    for node, op in list(op_nodes(module.graph)):
+        constants = {name: value for name, value in node.kwargs.items() if not isinstance(value, Node)}
+        node.target = direct(op, constants)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in constants}
+    bind(module)
     forward: Compiled = module.forward
     return forward
 
@@ -341,6 +316,7 @@ def _apart() -> Iterator[None]:
         for kind in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.device("cpu"))  # the default of constructors, which may have been changed
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
         stack.enter_context(torch.random.fork_rng())
         yield
@@ -354,29 +330,39 @@ def _may_be_made(node: Node, placeholder: Node) -> bool:
     return not isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter)
 
 
-def _examples(placeholders: Sequence[Node]) -> list[Any] | None:
-    """The real inputs of the call for which Dynamo captures the graph."""
-    graphargs = [node.meta.get("grapharg") for node in placeholders]
-    if any(arg is None for arg in graphargs):
-        return None
+def _examples(placeholders: Sequence[Node]) -> list[Any]:
+    """The real inputs of the call for which Dynamo captures the graph; none where they are gone already."""
     try:
-        examples = [arg.example for arg in graphargs]  # type: ignore[union-attr]
-    except Exception:  # a tensor that is gone already
-        return None
-    return [e.node.hint if isinstance(e, torch.SymInt) else e for e in examples]  # int(e) would fix the size
+        return [_example(node) for node in placeholders]
+    except Exception:
+        return []
 
 
-def _guards(module: GraphModule) -> list[Any] | None:
-    for node in module.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            guards: list[Any] = mode.shape_env.guards
+def _example(placeholder: Node) -> Any:
+    """What is given for an input; of what another part of the graph makes, only the sizes."""
+    arg = placeholder.meta.get("grapharg")
+    value = placeholder.meta["example_value"] if arg is None else arg.example
+    if isinstance(value, torch.SymInt):
+        return value.node.hint  # int(value) would fix the size
+    if arg is None and isinstance(value, torch.Tensor):
+        sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+    return value
+
+
+def _guards(nodes: Iterable[Node], value: str) -> list[Any]:
+    """The guards on sizes so far, in a list that grows."""
+    for node in nodes:
+        found = node.meta.get(value)
+        environment = getattr(getattr(found, "fake_mode", None), "shape_env", None)
+        if environment is not None:
+            guards: list[Any] = environment.guards
             return guards
-    return None
+    return []
 
 
-def _conditions(guards: Sequence[Any]) -> tuple[Callable[[Mapping[Any, int]], bool], ...]:
-    """What was assumed of sizes after Dynamo's guards were made."""
+def _conditions(guards: Sequence[Any]) -> Conditions:
+    """Guards on sizes as questions about the sizes of a call."""
 
     def condition(expression: Any) -> Callable[[Mapping[Any, int]], bool]:
         return lambda sizes: bool(expression.subs(sizes) == sympy.true)

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from kreg.registry.op import normal
 from kreg.rewriters import mask_check
 from kreg.rewriters.graph import STORED, upstream
+from kreg.rewriters.mask_check.inputs import positions
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
 from kreg.rewriters.site import Site
@@ -44,13 +45,14 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
         return Outcome(Verification(passed=False, max_error=math.inf), masked.reason)
     try:
         sizes = Sizes(module.graph, site)
-        inner = list(upstream([o.node for o in site.outputs], _stops(site)))
+        inner = list(upstream([*(o.node for o in site.outputs), *_following(site)], _stops(site)))
         largest = max((sizes.count(node) for node in inner), default=0) * 8
         if largest > LARGEST:
             return Outcome(None, f"not verified: the original code needs a tensor of {largest / 2**30:.1f} GiB")
         generator = torch.Generator().manual_seed(seed)
-        values = _draw(site, inner, sizes, generator)
-        old = _old(module, site, inner, sizes)
+        values = _followed(site, sizes, generator)
+        values = _draw(site, inner, sizes, generator, values)
+        old = _old(site, [output.node for output in site.outputs], inner, sizes)
         new = _new(site, kernel, sizes)
         with torch.random.fork_rng(devices=[]):
             return _compare(site, old, new, values, trains, generator)
@@ -64,8 +66,29 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
 
 
 def _stops(site: Site) -> set[Node]:
-    parts = [part for operand in site.operands.values() for part in operand.parts]
+    parts = [part for operand in site.operands.values() for part in operand.parts if not part.follows]
     return {node for part in parts for node in (part.node, *part.same)}
+
+
+def _following(site: Site) -> list[Node]:
+    """Operands that are made of what the captured code reads: drawn by themselves, they would contradict it."""
+    return [part.node for operand in site.operands.values() for part in operand.parts if part.follows]
+
+
+def _followed(site: Site, sizes: Sizes, generator: torch.Generator) -> Values:
+    """Those operands' values, and those of the inputs they are made of: integers are drawn as positions."""
+    following = _following(site)
+    if not following:
+        return {}
+    values: Values = {}
+    region = list(upstream(following, _stops(site)))
+    for node in region:
+        if _is_input(node):
+            stored, dtype = node.meta.get(STORED), node.meta["val"].dtype
+            draw = _noise if dtype is torch.bool or dtype.is_floating_point else positions
+            values[node] = draw(sizes.shape(node), dtype, generator) if stored is None else stored.detach().clone()
+    results = _old(site, following, region, sizes)(values)
+    return values | dict(zip(following, results, strict=True))
 
 
 def _example(environment: Any, symbol: sympy.Symbol) -> int:
@@ -127,9 +150,9 @@ def _symints(value: Any) -> list[torch.SymInt]:
     return []
 
 
-def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generator) -> Values:
+def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generator, known: Values) -> Values:
     """Random inputs: operands by their op's rules, whatever else the captured code reads as plain noise."""
-    values: Values = {}
+    values = dict(known)
     drawn: dict[str, Any] = {name: v for name, v in site.attributes.items() if not isinstance(v, Node)}
     for name, operand in site.operands.items():
         node = operand.node
@@ -148,15 +171,19 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             elif part.node not in values:
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
-            values |= dict.fromkeys(part.same, values[part.node])
+            if not part.follows:
+                values |= dict.fromkeys(part.same, values[part.node])
         drawn[name] = operand.value(values)
     for node in inner:
-        is_input = node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
-        if is_input and node not in values:
+        if _is_input(node) and node not in values:
             stored = node.meta.get(STORED)
             shape, dtype = sizes.shape(node), node.meta["val"].dtype
             values[node] = _noise(shape, dtype, generator) if stored is None else stored.detach().clone()
     return values
+
+
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _noise(
@@ -174,13 +201,13 @@ def _noise(
 Run = Callable[[Values], tuple[torch.Tensor, ...]]
 
 
-def _old(module: GraphModule, site: Site, inner: list[Node], sizes: Sizes) -> Run:
-    """The captured code of a site in float64, as a function of its inputs."""
+def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Run:
+    """The captured code of a site in float64, up to some nodes, as a function of its inputs."""
     wanted = set(inner)
     graph = Graph()
     copies: dict[Node, Node] = {}
     inputs: list[Node] = []
-    stops = _stops(site)
+    stops = _stops(site) & {source for node in inner for source in node.all_input_nodes}
     for node in sorted(wanted | stops):
         if node in stops or node.op in ("placeholder", "get_attr"):
             if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -191,7 +218,7 @@ def _old(module: GraphModule, site: Site, inner: list[Node], sizes: Sizes) -> Ru
             copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
             copies[node].args = _widened(copies[node].args)
             copies[node].kwargs = _widened(copies[node].kwargs) | _made_in_double(node)
-    graph.output(tuple(copies[output.node] for output in site.outputs))
+    graph.output(tuple(copies[node] for node in outputs))
     run = GraphModule(torch.nn.Module(), graph)
 
     def old(values: Values) -> tuple[torch.Tensor, ...]:
@@ -269,7 +296,8 @@ def _compare(site: Site, old: Run, new: Run, values: Values, trains: bool, gener
         mine = {n: v.detach().requires_grad_() if n in leaves else v for n, v in values.items()}
         judge = {n: v.detach().double().requires_grad_() if n in leaves else v for n, v in values.items()}
         for part in (part for operand in site.operands.values() for part in operand.parts):
-            judge |= dict.fromkeys(part.same, judge[part.node])
+            if not part.follows:
+                judge |= dict.fromkeys(part.same, judge[part.node])
         got, want = new(mine), old(judge)
     arguments = _arguments(site, values)
     tolerance = op.tolerances[site.dtype]

@@ -11,11 +11,11 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def printed_by(example: str) -> str:
+def printed_by(example: str, *arguments: str) -> str:
     """What an example prints: 600 tokens make 150 entries of 4, of which 128 are selected, and 4 of 128."""
     short = {"TOKENS": "600", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / example)],
+        [sys.executable, str(EXAMPLES / example), *arguments],
         env={**os.environ, **short},
         capture_output=True,
         text=True,
@@ -51,3 +51,11 @@ def test_an_op_a_rule_and_a_kernel_of_ones_own_are_used_and_verified() -> None:
     found = re.search(r"largest difference from eager: (\S+)", out)
     assert found is not None
     assert float(found[1]) < 1e-5
+
+
+def test_generation_gives_equal_tokens_and_only_prompts_run_rewritten_graphs() -> None:
+    out = printed_by("generate.py", "--prompt", "96", "--new", "4", "--rounds", "1")
+    assert out.count("equal tokens: True") == 2
+    # of 6 runs, 2 are of the original; of the others 3 have 3 tokens behind the prompt's, and 1 has none
+    for name in ("qwen3", "deepseek_v4"):
+        assert f"{name}: 4 calls ran rewritten graphs, 9 the original code" in out

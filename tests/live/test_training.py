@@ -117,13 +117,13 @@ def test_fifty_steps_under_the_trainer_follow_the_original_curve(pair: Pair, tmp
 def test_with_gradient_checkpointing_gradients_are_the_same(pair: Pair, reentrant: bool) -> None:
     data = batches(1, SIZE, LENGTH)
     same, exact = gradients(pair.fresh(), data), judged(gradients, pair.original, data)
-    pair.rewritten.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    pair.rewritten.activation_checkpointing_enable({"use_reentrant": reentrant})
     try:
         with answered(pair.rewritten, 2):
             assert_gradients(gradients(pair.rewritten, data), same, exact)
             assert_gradients(gradients(pair.rewritten, data), same, exact)
     finally:
-        pair.rewritten.gradient_checkpointing_disable()
+        pair.rewritten.activation_checkpointing_disable()
 
 
 @every("qwen3")
@@ -151,9 +151,9 @@ def test_lora_trains_its_adapters_alone(pair: Pair, order: str) -> None:
     same = with_lora(pair.fresh())
     model = pair.fresh()
     if order == "rewrite first":
-        model = with_lora(kreg.rewrite(model, verify=False))
+        model = with_lora(kreg.rewrite(model, example_inputs=data[0], verify=False))
     else:
-        model = kreg.rewrite(with_lora(model), verify=False)
+        model = kreg.rewrite(with_lora(model), example_inputs=data[0], verify=False)
     rewritten = model if order == "peft first" else model.get_base_model()
     exact = judged(train, same, data, lr=1e-2)
     with answered(rewritten, len(data)):
@@ -165,12 +165,15 @@ def test_lora_trains_its_adapters_alone(pair: Pair, order: str) -> None:
     assert all(torch.equal(p, same.get_parameter(name)) for name, p in frozen.items())
 
 
+ADAPTED = ["q_proj", "v_proj", "o_proj", "q_b_proj", "o_b_proj", "kv_proj"]
+
+
 def with_lora(model: nn.Module) -> nn.Module:
-    """The model with adapters at every linear layer of its attention, all drawn with the same seed."""
+    """The model with adapters in its attention, all drawn with the same seed."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], lora_dropout=0.0))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=ADAPTED, lora_dropout=0.0))
 
 
 @every("qwen3")

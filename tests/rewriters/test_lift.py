@@ -380,3 +380,15 @@ def test_what_a_mask_is_read_as_is_what_it_is(name: str, dynamic: bool) -> None:
         if (value := getattr(found, key))
     }
     assert said == case.reads
+
+
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_integers_in_a_narrower_dtype_are_the_same_only_where_they_fit(dtype: torch.dtype) -> None:
+    ids = torch.tensor([3, 4, 255, 256, 2049, 40000])
+    captured = capture(lambda x: x.to(dtype).long() - 1, (ids,))
+    e, index = lift(captured)
+    assert not n.is_integral(e) or torch.equal(tensor_of(e, index, captured), captured.values[captured.output])
+    assert n.is_integral(lift(capture(lambda x: torch.arange(len(x)).to(dtype), (ids,)))[0])

@@ -315,3 +315,10 @@ def test_a_slice_from_the_end_stops_at_the_front(start: int) -> None:
     node = chain.call(aten.slice.Tensor, chain.input(torch.arange(5)), 0, start, 2**63 - 1)
     e, index = lifted(node)
     assert torch.equal(whole(e, index, chain.data, node.meta["val"]), torch.arange(5)[start:])
+
+
+def test_a_product_is_rebuilt_as_it_was_made() -> None:
+    a, b = (n.Load(name, (X,), True) for name in "ab")
+    whole = n.mul(n.Const(-1), n.mul(a, b))
+    at = {X: n.add(Y, n.ONE)}
+    assert n.substitute(whole, at) == n.mul(n.Const(-1), n.mul(n.substitute(a, at), n.substitute(b, at)))

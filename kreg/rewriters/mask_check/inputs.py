@@ -28,13 +28,22 @@ def _documents(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
     return (torch.rand(shape, generator=generator) < 0.3).long().cumsum(-1).to(dtype) if shape else _one(dtype)
 
 
-def _positions(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def positions(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Positions that start again at 0 with each document."""
     if not shape:
         return _one(dtype)
     place = torch.arange(shape[-1]).expand(shape)
     starts = torch.rand(shape, generator=generator) < 0.3
     return (place - (place * starts).cummax(-1).values).to(dtype)
+
+
+def _irregular(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Positions as they should not be: some begin anywhere, some are left out, some come twice or go back."""
+    if not shape:
+        return _one(dtype)
+    odd = torch.rand(shape, generator=generator) < 0.4
+    steps = torch.where(odd, torch.randint(-3, 4, shape, generator=generator), 1)
+    return steps.cumsum(-1).to(dtype)
 
 
 def _one(dtype: torch.dtype) -> torch.Tensor:
@@ -48,5 +57,5 @@ def _unless_boolean(kind: Kind) -> Kind:
     return draw
 
 
-KINDS: tuple[Kind, ...] = (runs, _unless_boolean(_positions), _unless_boolean(_documents))
+KINDS: tuple[Kind, ...] = (runs, *map(_unless_boolean, (positions, _documents, _irregular)))
 """What an input of a mask may look like; each input is drawn as each of them in turn."""

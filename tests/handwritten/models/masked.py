@@ -49,6 +49,13 @@ class FromLengths(Masked):
         return self.finish(scores, x) * inside.unsqueeze(-1)
 
 
+class BooleansAdded(Masked):
+    """What is kept, added to the scores as it is: one more for those keys, and no mask."""
+
+    def forward(self, x, keep):
+        return self.finish(self.scores(x) + keep[:, None, None], x)
+
+
 class FromLengthsCausal(Masked):
     """One mask of two conditions."""
 
@@ -246,6 +253,7 @@ BLOCKS = {"sizes": Sizes(2, 12), "resized": Sizes(3, 12)}
 CASES = (
     Case("lengths", FromLengths, (hidden(W), lengths()), mask="padding"),
     Case("lengths, causal", FromLengthsCausal, (hidden(W), lengths()), mask="causal+padding"),
+    Case("booleans added", BooleansAdded, (hidden(W), kept()), mask="bias"),
     Case("two additive masks", TwoAdditiveMasks, (hidden(W), ones_and_zeros()), mask="soft causal+padding"),
     Case("filled twice", FilledTwice, (hidden(W), kept()), mask="causal+padding"),
     Case("packed", Packed, (hidden(W), documents()), mask="causal+documents"),
