@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 
 from kreg.registry.environment import Environment
 from kreg.registry.selection import selection_from_environment
-from kreg.rewriters.captured import captured
+from kreg.rewriters.live.captured import captured
+from kreg.rewriters.live.variants import Compiled
 from kreg.rewriters.pipeline import Settings
-from kreg.rewriters.variants import Compiled
 
 OPTIONS = ("device", "enable", "disable", "verify", "rest")
 REST = ("eager", "inductor")

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
 import kreg
-from kreg.rewriters.cuts import local_parts
+from kreg.rewriters.live.cuts import local_parts
 from tests.models import qwen3, tokens
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"

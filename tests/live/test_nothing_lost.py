@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import kreg
 from kreg.registry.ops.attention import ATTENTION
-from kreg.rewriters import live, variants
+from kreg.rewriters.live import calls as live
+from kreg.rewriters.live import variants
 from kreg.rewriters.rules import RULES
 from tests.live.models import qwen3
 from tests.live.training import batches, gradients

@@ -24,14 +24,14 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from kreg.rewriters.account import Account
 from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
-from kreg.rewriters.captured import Known, captured
+from kreg.rewriters.live.account import Account
+from kreg.rewriters.live.captured import Known, captured
+from kreg.rewriters.live.provenance import Recorder
+from kreg.rewriters.live.regions import regions, scopes
+from kreg.rewriters.live.variants import Compiled
 from kreg.rewriters.pipeline import Settings
-from kreg.rewriters.provenance import Recorder
-from kreg.rewriters.regions import regions, scopes
 from kreg.rewriters.report import Report
-from kreg.rewriters.variants import Compiled
 
 log = logging.getLogger("kreg")
 

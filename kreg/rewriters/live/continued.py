@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
 
 from kreg.rewriters.graph import aten, sized
-from kreg.rewriters.provenance import Given, Made, Origin, origin_of
+from kreg.rewriters.live.provenance import Given, Made, Origin, origin_of
 
 OUTSIDE = "kreg_outside"
 """Key in the ``meta`` of nodes that were added: the input that has the node's value, or "" where none has."""

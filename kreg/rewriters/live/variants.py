@@ -21,15 +21,15 @@ import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
 
 from kreg.registry.library import direct
-from kreg.rewriters.bindings import bind
 from kreg.rewriters.capture import first_sentences
-from kreg.rewriters.continued import Continuation, continue_past, settle, symbols_of, values
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.functional import functionalize
 from kreg.rewriters.graph import aten
+from kreg.rewriters.live.bindings import bind
+from kreg.rewriters.live.continued import Continuation, continue_past, settle, symbols_of, values
+from kreg.rewriters.live.provenance import Made, origin_of
 from kreg.rewriters.memory import reuse
 from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
-from kreg.rewriters.provenance import Made, origin_of
 from kreg.rewriters.report import Report
 
 log = logging.getLogger("kreg")

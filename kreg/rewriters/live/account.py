@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kreg.registry.library import fallbacks
+from kreg.rewriters.live.variants import Variant
 from kreg.rewriters.report import Calls, NearMissReport, Report, Seconds, SiteReport
-from kreg.rewriters.variants import Variant
 
 log = logging.getLogger("kreg")
 

@@ -13,9 +13,9 @@ import torch
 import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
 
-from kreg.rewriters.cuts import local_parts
-from kreg.rewriters.fingerprint import fingerprint
-from kreg.rewriters.variants import CapturedGraph, Compiled
+from kreg.rewriters.live.cuts import local_parts
+from kreg.rewriters.live.fingerprint import fingerprint
+from kreg.rewriters.live.variants import CapturedGraph, Compiled
 
 Known = dict[Hashable, CapturedGraph]
 """The graphs of a model so far, by what they compute."""
