@@ -194,8 +194,8 @@ def analyse(
     else:
         inputs = _derived(model) if example_inputs is None else example_inputs
         mode = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
-        if dry_run and mode is not None:
-            return live.analysed(model, settings, inputs, mode)
+        if dry_run and mode is not None and dynamic_shapes in (None, "auto"):
+            return live.analysed(model, settings, inputs, mode, dynamic=dynamic_shapes == "auto")
         captured, clock = _captured(model, inputs, dynamic_shapes, progress)
         name = type(model).__name__
     done = rewrite_graph(captured.module, settings, model=name, frontend="export", clock=clock)

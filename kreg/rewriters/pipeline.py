@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment
+from kreg.registry.library import judged
 from kreg.registry.plan import Plan, SiteFacts, make_plan
 from kreg.rewriters import mask_check
 from kreg.rewriters import verify as verification
@@ -155,7 +156,7 @@ def _verify(
         return {}
     outcomes: Outcomes = {}
     repeats = Repeats()
-    with clock.stage("verify"):
+    with clock.stage("verify"), judged():
         for site in findings.sites:
             choice = plan.choices.get(site.id)
             if choice is None or (choice.kernel is None and not settings.portable):

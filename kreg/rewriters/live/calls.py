@@ -43,8 +43,9 @@ run the original code."""
 class RewrittenModel:
     """What the calls in one model share: what was asked, the compiled call, and the account."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, fix_first: bool) -> None:
         self.settings = settings
+        self.fix_first = fix_first
         self.regions = regions(model)
         self.scopes = scopes(model, self.regions)
         self.account = Account(type(model).__name__, settings.environment.device, tuple(self.regions))
@@ -144,7 +145,7 @@ class RegionCall(_Call):
     def _compiled(self, first: torch.Tensor, inputs: Any) -> Compiled:
         sizes = tuple(first.shape[:2])
         if self.sizes is None:
-            self.sizes = sizes
+            self.sizes = sizes if self.owner.fix_first else ()
         if sizes == self.sizes or not self.owner.settings.dynamic:
             return self.owner.fixed
         _mark_static(inputs, {size for size in sizes if size > 1})
@@ -184,10 +185,15 @@ def _unwatched() -> Iterator[bool]:
         yield _thread.inside != "call"
 
 
-def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) -> RewrittenModel:
+def attach(
+    model: nn.Module, settings: Settings, example_inputs: Inputs | None, *, fix_first: bool = True
+) -> RewrittenModel:
     """Puts rewritten calls into a model; if anything fails, the model is left as it was.
 
     With example inputs, or where a ``config`` tells what they are, the model is run once to capture it.
+
+    Args:
+        fix_first: fix batch and length of a region's first call in its graph; else the first is for all sizes.
 
     Raises:
         CaptureError: the model does not run on the example inputs.
@@ -199,7 +205,7 @@ def attach(model: nn.Module, settings: Settings, example_inputs: Inputs | None) 
     elif not to_come:
         inputs = example_inputs_for(model)
     detach(model)
-    owner = RewrittenModel(model, settings)
+    owner = RewrittenModel(model, settings, fix_first)
     try:
         for path, module in owner.scopes.items():
             if path not in owner.regions:
@@ -222,15 +228,20 @@ def _capture(model: nn.Module, owner: RewrittenModel, args: tuple[Any, ...], kwa
         raise failure(model, error, "captured") from error
 
 
-def analysed(model: nn.Module, settings: Settings, inputs: Inputs, mode: FakeTensorMode) -> Report:
+def analysed(
+    model: nn.Module, settings: Settings, inputs: Inputs, mode: FakeTensorMode, *, dynamic: bool = False
+) -> Report:
     """The report of a model of fake tensors, layer by layer; the model is left as it was.
+
+    Args:
+        dynamic: for all batches and lengths.
 
     Raises:
         CaptureError: the model does not run on the inputs.
     """
     settings.progress(f"capturing {type(model).__name__} layer by layer")
     with mode:
-        owner = attach(model, settings, inputs)
+        owner = attach(model, settings, inputs, fix_first=not dynamic)
     detach(model)
     return owner.account.report()
 
