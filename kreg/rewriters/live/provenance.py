@@ -90,6 +90,12 @@ def origin_of(value: object) -> Origin | None:
     return _table.find(value) if isinstance(value, torch.Tensor) and _plain(value) else None
 
 
+def written(value: object) -> None:
+    """Something may have been written into a tensor where no recorder saw it; most tensors tell by their version."""
+    if isinstance(value, torch.Tensor) and value.is_inference() and _plain(value):
+        _table.forget(value)
+
+
 def place(tensor: torch.Tensor) -> Key:
     """What tells a tensor from every other that is alive: its memory, and how it lies there."""
     return (
@@ -135,7 +141,8 @@ class Recorder(TorchDispatchMode):
 @cache
 def _kind(func: Any) -> tuple[bool, bool]:
     """Whether an operator writes into its arguments, and whether it gives the same result for the same ones."""
-    return func._schema.is_mutable, torch.Tag.nondeterministic_seeded not in func.tags
+    undefined = "empty" in func._schema.name or torch.Tag.nondeterministic_seeded in func.tags
+    return func._schema.is_mutable, not undefined
 
 
 def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

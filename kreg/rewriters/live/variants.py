@@ -27,7 +27,7 @@ from kreg.rewriters.functional import functionalize
 from kreg.rewriters.graph import aten
 from kreg.rewriters.live.bindings import bind
 from kreg.rewriters.live.continued import Continuation, continue_past, settle, symbols_of, values
-from kreg.rewriters.live.provenance import Made, origin_of
+from kreg.rewriters.live.provenance import Made, origin_of, written
 from kreg.rewriters.memory import reuse
 from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
 from kreg.rewriters.report import Report
@@ -132,6 +132,7 @@ class CapturedGraph:
         self.clock = Clock()
         self.functional: GraphModule | None = None
         self.assumed: Conditions = ()
+        self.writes: Sequence[int] = range(len(module.graph.find_nodes(op="placeholder")))  # none is known not to be
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         guards = _guards(placeholders, "example_value")
         before = len(guards)
@@ -142,6 +143,7 @@ class CapturedGraph:
         except Exception as error:
             self._failed("a graph cannot be made functional", error)
             return
+        self.writes = tuple(self.signature.written)
         inputs = [node for node in self.functional.graph.nodes if node.op == "placeholder"]
         self.symbols = symbols_of(inputs)
         self.watched = [i for i, node in enumerate(inputs) if _may_be_made(node, placeholders[i])]
@@ -159,6 +161,13 @@ class CapturedGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs."""
+        try:
+            return self._answer(inputs)
+        finally:
+            for position in self.writes:
+                written(inputs[position])
+
+    def _answer(self, inputs: tuple[Any, ...]) -> Any:
         if self.functional is None:
             return self.original(*inputs)
         variant, further = self._choose(inputs)
@@ -167,7 +176,7 @@ class CapturedGraph:
         if variant is None or not variant.replaced:
             return self.original(*inputs)
         try:
-            outputs = variant.run(*inputs, *further)
+            return variant.run(*inputs, *further)
         except PASSED_ON:
             raise
         except Exception as error:
