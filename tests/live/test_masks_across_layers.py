@@ -162,3 +162,34 @@ def test_a_mask_is_proven_if_it_is_what_its_makers_made(mask: Mask, kind: str) -
     assert site.status == "replaced" and site.mask is not None
     assert site.mask["kind"] == kind
     assert attached(model).account.variants
+
+
+class Paddings(nn.Module):
+    """Two layers alike, each with two masks: the first layer's are of one padding, the second layer's of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoMasks() for _ in range(2))
+
+    def forward(self, x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        first, second = added(one)[0, 0][:, None, None], added(other)[0, 0][:, None, None]
+        both = first * 1.0
+        return self.layers[1](self.layers[0](x, first, both), second, both)
+
+
+class TwoMasks(Layer):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, more: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, mask) + super().forward(x, more)
+
+
+def test_one_tensor_behind_two_masks_is_not_taken_for_two_tensors() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Paddings()
+    x = torch.randn(2, LENGTH, 16, requires_grad=True)  # as between the layers, so that both share a graph
+    one, other = torch.ones(2, 2, LENGTH, dtype=torch.bool).unbind()
+    one[:, 8:], other[:, :4] = False, False
+    want = model(x, one, other)
+    kreg.rewrite(model, example_inputs=(x, one, other))
+    for _ in range(2):
+        torch.testing.assert_close(model(x, one, other), want, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -32,8 +31,6 @@ from kreg.rewriters.live.regions import regions, scopes
 from kreg.rewriters.live.variants import Compiled
 from kreg.rewriters.pipeline import Settings
 from kreg.rewriters.report import Report
-
-log = logging.getLogger("kreg")
 
 GRAPHS = 32
 """Graphs that Dynamo may capture for one model beyond one for each region; after that, calls that no graph covers

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
 
 from kreg.rewriters.graph import aten, sized
-from kreg.rewriters.live.provenance import Given, Made, Origin, origin_of
+from kreg.rewriters.live.provenance import Given, Made
 
 OUTSIDE = "kreg_outside"
 """Key in the ``meta`` of nodes that were added: the input that has the node's value, or "" where none has."""
@@ -160,7 +160,6 @@ class _Builder:
         self.inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.symbols = symbols_of(self.inputs)
         self.sizes = values(self.symbols, inputs)
-        self.places = {id(origin): i for i, v in enumerate(inputs) if (origin := origin_of(v)) is not None}
         for node in module.graph.nodes:
             copies[node] = self.graph.node_copy(node, lambda n: copies[n])
         self.copies = [copies[n] for n in self.inputs]
@@ -169,7 +168,6 @@ class _Builder:
         self.patterns: dict[int, Any] = {}
         self.nodes: dict[int, Node] = {}
         self.size_nodes: dict[sympy.Expr, Node] = {}
-        self.kept: list[Origin] = []
         fakes = (n.meta["val"] for n in self.inputs if isinstance(n.meta.get("val"), torch.Tensor))
         self.mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
 
@@ -193,7 +191,6 @@ class _Builder:
     def made(self, origin: Made, prefer: list[Any]) -> tuple[MadePattern, Node]:
         if id(origin) in self.patterns:
             return self.patterns[id(origin)], self.nodes[id(origin)]
-        self.kept.append(origin)
         sizes, order = _sizes(origin.target)
         args = [self.argument(a, prefer, i < len(order) and order[i] in sizes) for i, a in enumerate(origin.args)]
         kwargs = {name: self.argument(a, prefer, name in sizes) for name, a in origin.kwargs.items()}
@@ -257,7 +254,6 @@ class _Builder:
     def given(self, origin: Given, prefer: list[Any]) -> tuple[Any, Node]:
         if id(origin) in self.patterns:
             return self.patterns[id(origin)], self.nodes[id(origin)]
-        self.kept.append(origin)
         tensor = origin.tensor
         both = [self.argument(size, prefer, True) for size in tensor.shape]
         pattern = GivenPattern(len(self.further), tensor.dtype, tensor.device, tuple(p for p, _ in both))
@@ -301,18 +297,8 @@ def _sizes(target: Any) -> tuple[frozenset[str], tuple[str, ...]]:
 def _matches(pattern: Any, origin: Any, sizes: Sizes, found: dict[int, Given]) -> bool:
     """Whether a tensor was made as a pattern says, given the sizes of this call."""
     if isinstance(origin, Made) and isinstance(pattern, MadePattern):
-        memo = origin.verdicts.get(id(pattern))
-        if memo is not None and memo[0] is pattern and memo[1] == sizes:
-            found.update(memo[2])
-            return bool(memo[3])
-        inner: dict[int, Given] = {}
-        verdict = origin.target is pattern.target and _match_all(
-            (pattern.args, pattern.kwargs), (origin.args, origin.kwargs), sizes, inner
-        )
-        verdict = verdict and all(found.get(i, g) is g for i, g in inner.items())
-        origin.verdicts[id(pattern)] = (pattern, sizes, inner, verdict)
-        found.update(inner)
-        return verdict
+        inner = _givens(pattern, origin, sizes)
+        return inner is not None and all(found.setdefault(i, given) is given for i, given in inner.items())
     if isinstance(origin, Given) and isinstance(pattern, GivenPattern):
         tensor = origin.tensor
         if tensor.dtype != pattern.dtype or tensor.device != pattern.device or tensor.dim() != len(pattern.shape):
@@ -321,6 +307,19 @@ def _matches(pattern: Any, origin: Any, sizes: Sizes, found: dict[int, Given]) -
             return False
         return found.setdefault(pattern.position, origin) is origin
     return False
+
+
+def _givens(pattern: MadePattern, origin: Made, sizes: Sizes) -> dict[int, Given] | None:
+    """The tensors in a pattern's places, whatever stands in them elsewhere; None if this was made in another way."""
+    memo = origin.verdicts.get(id(pattern))
+    if memo is None or memo[0] is not pattern or memo[1] != sizes:
+        inner: dict[int, Given] = {}
+        same = origin.target is pattern.target and _match_all(
+            (pattern.args, pattern.kwargs), (origin.args, origin.kwargs), sizes, inner
+        )
+        memo = origin.verdicts[id(pattern)] = (pattern, sizes, inner if same else None)
+    found: dict[int, Given] | None = memo[2]
+    return found
 
 
 def _match_all(pattern: Any, value: Any, sizes: Sizes, found: dict[int, Given]) -> bool:

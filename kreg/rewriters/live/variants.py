@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -288,12 +287,12 @@ class CapturedGraph:
 
     def _failed(self, what: str, error: Exception) -> None:
         reason = f"{what}: {type(error).__name__}: {first_sentences(error, 300)}"
-        if reason not in _logged:
-            log.warning("%s. The original code answers", reason)
-        _logged[reason] += 1
         log.debug("%s", reason, exc_info=error)
-        if self.listener is not None:
+        if self.listener is not None:  # who says it, and counts it
             self.listener.failed(reason)
+        elif reason not in _logged:
+            _logged.add(reason)
+            log.warning("%s. The original code answers", reason)
 
 
 def _return_tuple(module: GraphModule) -> None:
@@ -314,7 +313,7 @@ def _called_directly(module: GraphModule) -> Compiled:
     return forward
 
 
-_logged: Counter[str] = Counter()
+_logged: set[str] = set()
 
 
 @contextlib.contextmanager
