@@ -21,7 +21,7 @@ TEXTS = [
     path
     for path in ROOT.rglob("*")
     if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".j2"} or path.parent.name == ".ci"
-    if not {".venv", ".git", ".hypothesis", "build", "kreg.egg-info"} & set(path.relative_to(ROOT).parts)
+    if not {".venv", ".venv-npu", ".git", ".hypothesis", "build", "kreg.egg-info"} & set(path.relative_to(ROOT).parts)
     if path.is_file()
 ]
 

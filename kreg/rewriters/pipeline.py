@@ -162,11 +162,14 @@ def _verify(
             if choice is None or (choice.kernel is None and not settings.portable):
                 continue
             kernel, trains = "" if settings.portable else kernel_name(choice), facts[site.id].trainable
+            device = settings.environment.device if kernel else "cpu"  # the reference is no device's
             masked = mask_check.check(module, site)
             first = repeats.first(site, kernel, trains, masked)
             if first is site:
                 settings.progress(f"verifying {site.op.name} in {site.module or 'the model'}")
-                outcomes[site.id] = Verified(verification.verify(module, site, kernel, trains), site.id, masked)
+                outcomes[site.id] = Verified(
+                    verification.verify(module, site, kernel, trains, device=device), site.id, masked
+                )
             else:
                 outcomes[site.id] = replace(outcomes[first.id], masked=masked)
     return outcomes

@@ -13,7 +13,7 @@ def stored(value: torch.Tensor, index: tuple[Expr, ...]) -> Expr | None:
     if value.is_meta or value.is_complex() or value.numel() == 0:
         return None
     places = [d for d, extent in enumerate(value.shape) if extent > 1]
-    plain = value.detach().reshape([value.shape[d] for d in places])
+    plain = value.detach().cpu().reshape([value.shape[d] for d in places])
     where = [index[d] for d in places]
     if bool((plain == plain.flatten()[0]).all()):
         return n.Const(plain.flatten()[0].item())

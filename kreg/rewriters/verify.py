@@ -22,6 +22,8 @@ from kreg.rewriters.site import Site
 
 log = logging.getLogger("kreg")
 
+CPU = torch.device("cpu")
+
 LARGEST = 2**31
 """Bytes of the largest float64 tensor that the original code may need for a site to be verified."""
 
@@ -39,8 +41,11 @@ class Outcome:
     reason: str
 
 
-def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int = 0) -> Outcome:
-    """Runs the captured code of a site against its op with a kernel, forward and, if it trains, backward."""
+def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int = 0, device: str = "cpu") -> Outcome:
+    """Runs the captured code of a site against its op with a kernel, forward and, if it trains, backward.
+
+    The op runs on ``device``. The captured code, which is the judge, runs on the CPU: not every device has float64.
+    """
     if (masked := mask_check.check(module, site)).passed is False:
         return Outcome(Verification(passed=False, max_error=math.inf), masked.reason)
     try:
@@ -53,7 +58,7 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
         values = _followed(site, sizes, generator)
         values = _draw(site, inner, sizes, generator, values)
         old = _old(site, [output.node for output in site.outputs], inner, sizes)
-        new = _new(site, kernel, sizes)
+        new = _new(site, kernel, sizes, device)
         with torch.random.fork_rng(devices=[]):
             return _compare(site, old, new, values, trains, generator)
     except Exception as error:
@@ -86,7 +91,9 @@ def _followed(site: Site, sizes: Sizes, generator: torch.Generator) -> Values:
         if _is_input(node):
             stored, dtype = node.meta.get(STORED), node.meta["val"].dtype
             draw = _noise if dtype is torch.bool or dtype.is_floating_point else positions
-            values[node] = draw(sizes.shape(node), dtype, generator) if stored is None else stored.detach().clone()
+            values[node] = (
+                draw(sizes.shape(node), dtype, generator) if stored is None else stored.detach().to(CPU, copy=True)
+            )
     results = _old(site, following, region, sizes)(values)
     return values | dict(zip(following, results, strict=True))
 
@@ -157,7 +164,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
     for name, operand in site.operands.items():
         node = operand.node
         if node not in values and STORED in node.meta:
-            values[node] = node.meta[STORED].detach().clone()
+            values[node] = node.meta[STORED].detach().to(CPU, copy=True)
         elif node not in values:
             shape, dtype = sizes.shape(node), node.meta["val"].dtype
             fill = site.op.fill.get(name)
@@ -167,7 +174,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
                 values[node] = _noise(shape, dtype, generator, operand.levels)
         for part in operand.parts:
             if part.node not in values and STORED in part.node.meta:
-                values[part.node] = part.node.meta[STORED].detach().clone()
+                values[part.node] = part.node.meta[STORED].detach().to(CPU, copy=True)
             elif part.node not in values:
                 shape, dtype = sizes.shape(part.node), part.node.meta["val"].dtype
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
@@ -178,7 +185,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
         if _is_input(node) and node not in values:
             stored = node.meta.get(STORED)
             shape, dtype = sizes.shape(node), node.meta["val"].dtype
-            values[node] = _noise(shape, dtype, generator) if stored is None else stored.detach().clone()
+            values[node] = _noise(shape, dtype, generator) if stored is None else stored.detach().to(CPU, copy=True)
     return values
 
 
@@ -237,12 +244,12 @@ def _constant(node: Node, sizes: Sizes) -> Any:
 
 
 def _widened(arguments: Any) -> Any:
-    """Floating-point dtypes become float64, and the most negative value of a dtype stays what it was."""
+    """Floating-point dtypes become float64, and devices the CPU."""
 
     def widen(argument: Any) -> Any:
         if isinstance(argument, torch.dtype) and argument.is_floating_point:
             return torch.float64
-        return argument
+        return CPU if isinstance(argument, torch.device) else argument
 
     return torch.utils._pytree.tree_map(widen, arguments)
 
@@ -263,8 +270,8 @@ def _judge(value: Any) -> Any:
     return value
 
 
-def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
-    """The op of a site with its kernel, and the views around it, as a function of the same inputs."""
+def _new(site: Site, kernel: str, sizes: Sizes, device: str) -> Run:
+    """The op of a site with its kernel on a device, and the views around it, as a function of the same inputs."""
     graph = Graph()
     inputs = list(dict.fromkeys(node for operand in site.operands.values() for node in operand.nodes))
     copies = {}
@@ -281,8 +288,8 @@ def _new(site: Site, kernel: str, sizes: Sizes) -> Run:
     run = GraphModule(torch.nn.Module(), graph)
 
     def new(values: Values) -> tuple[torch.Tensor, ...]:
-        result: tuple[torch.Tensor, ...] = run(*(values[node] for node in inputs))
-        return result
+        result: tuple[torch.Tensor, ...] = run(*(values[node].to(device) for node in inputs))
+        return tuple(tensor.cpu() for tensor in result)
 
     return new
 

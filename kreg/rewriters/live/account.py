@@ -15,10 +15,15 @@ from kreg.rewriters.report import Calls, NearMissReport, Report, Seconds, SiteRe
 log = logging.getLogger("kreg")
 
 
+QUIET = 4
+"""Calls in a row to which it did not matter how inputs were made, after which that is not noted any more."""
+
+
 class _Thread(threading.local):
     path: str | None = None  # none while a backward pass computes a layer anew
     rewritten = False
     counting = True
+    watched = False
 
 
 class Account:
@@ -37,8 +42,18 @@ class Account:
         self.places: dict[str, dict[int, Variant]] = {}
         self.calls: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.quiet = 0
         self._before = Counter(fallbacks)
         self._now = _Thread()
+
+    @property
+    def watching(self) -> bool:
+        """Whether to note how masks and positions are made."""
+        return self.quiet < QUIET
+
+    def watch(self) -> None:
+        """It matters to a graph of this call how its inputs were made."""
+        self._now.watched = True
 
     def added(self, variant: Variant) -> None:
         """A variant was made, for the region that is running."""
@@ -78,13 +93,16 @@ class Account:
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """While a call of the whole model runs."""
-        outer, self._now.rewritten = self._now.rewritten, False
+        now = self._now
+        outer, now.rewritten, now.watched = now.rewritten, False, False
         try:
             yield
-            if self._now.counting:
-                self.calls["rewritten" if self._now.rewritten else "original"] += 1
+            if now.counting:
+                self.calls["rewritten" if now.rewritten else "original"] += 1
+            if now.rewritten or now.watched:  # a decoding step, which rests on nothing, says nothing of the rest
+                self.quiet = 0 if now.watched else self.quiet + 1
         finally:
-            self._now.rewritten = outer
+            now.rewritten = outer
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:

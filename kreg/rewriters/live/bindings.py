@@ -52,8 +52,22 @@ def bind(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op != "call_function" or node.kwargs or not node.args:
             continue
-        if node.target in METHODS and isinstance(node.args[0], Node):
+        if node.target is aten.slice.Tensor and (part := _narrowed(node)) is not None:
+            node.target, node.args = torch.narrow, part
+        elif node.target in METHODS and isinstance(node.args[0], Node):
             node.op, node.target = "call_method", METHODS[node.target]
         elif node.target in FUNCTIONS and isinstance(node.args[0], (Node, list, tuple)):
             node.target = FUNCTIONS[node.target]
     module.recompile()
+
+
+def _narrowed(node: Node) -> tuple[Any, ...] | None:
+    """A slice of a dimension of known size as the arguments of ``torch.narrow``, which has a binding."""
+    tensor, dim, start, *rest = (*node.args, *(0, 0)[len(node.args) - 1 :])
+    before, after = tensor.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or rest[1:] not in ([], [1]):
+        return None
+    size, length, start = before.shape[dim], after.shape[dim], start or 0
+    if not all(type(number) is int for number in (size, length, start)):
+        return None
+    return tensor, dim, min(max(start + size, 0) if start < 0 else start, size), length

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
 from kreg.rewriters.live.account import Account
@@ -103,12 +103,16 @@ class ScopeCall(_Call):
             return self.module._call_impl(*args, **kwargs)
         first = self.first(args, kwargs)
         step = first is not None and first.dim() == 2 and first.shape[1] == 1
-        _thread.inside = "step" if step else "call"
-        try:
-            with contextlib.nullcontext() if step else Recorder():  # type: ignore[no-untyped-call]
-                return self.module._call_impl(*args, **kwargs)
-        finally:
-            _thread.inside = ""
+        watched = not step and self.owner.account.watching
+        with contextlib.ExitStack() as stack:
+            if not step:
+                stack.enter_context(_thread.capturing)
+            if watched:
+                stack.enter_context(Recorder())  # type: ignore[no-untyped-call]
+            _thread.inside = "step" if step else "watched" if watched else "call"
+            _thread.modes = torch._C._len_torch_dispatch_stack()
+            stack.callback(_thread.leave)
+            return self.module._call_impl(*args, **kwargs)
 
 
 class RegionCall(_Call):
@@ -123,20 +127,20 @@ class RegionCall(_Call):
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a rewritten graph gives where one covers the inputs, else the original code."""
-        if _thread.inside == "step":
+        inside = _thread.inside
+        if inside == "step":
             return self.module._call_impl(*args, **kwargs)
         first = self.first(args, kwargs)
         if first is None or (first.dim() == 3 and first.shape[1] == 1):
             return self.module._call_impl(*args, **kwargs)
+        if inside and torch._C._len_torch_dispatch_stack() != _thread.modes:  # the model's own code put a mode there
+            return self.module._call_impl(*args, **kwargs)
         owner = self.owner
-        with _unwatched() as alone:
-            if not alone:
-                return self.module._call_impl(*args, **kwargs)
-            try:
-                with owner.account.region(self.path), _thread.capturing:
-                    return self._compiled(first, (args, kwargs))(self.module, *args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
-                owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
+        try:
+            with owner.account.region(self.path), _TO_CAPTURE[inside]():
+                return self._compiled(first, (args, kwargs))(self.module, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
+            owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
         return self.module._call_impl(*args, **kwargs)
 
     def _compiled(self, first: torch.Tensor, inputs: Any) -> Compiled:
@@ -158,7 +162,14 @@ def _traced() -> bool:
 
 class _Thread(threading.local):
     inside = ""
-    """The outermost scope that runs in this thread: "" for none, "step" for one with a single position, "call"."""
+    """The outermost scope that runs in this thread: "" for none, "step" for one with a single position, "watched"
+    under the recorder, else "call"."""
+    modes = 0
+    """How many dispatch modes there were when it began."""
+
+    def leave(self) -> None:
+        """The outermost scope is left."""
+        self.inside = ""
 
     def __init__(self) -> None:
         # A scale or an epsilon is part of the code, and no input. Made once: making it takes longer than entering it.
@@ -171,15 +182,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextlib.contextmanager
-def _unwatched() -> Iterator[bool]:
-    """Without the recorder, which Dynamo would not capture under; False if another mode was put on top of it."""
-    mode = _get_current_dispatch_mode()
-    if isinstance(mode, Recorder):
-        with _pop_mode_temporarily():
-            yield True
-    else:
-        yield _thread.inside != "call"
+_TO_CAPTURE: Mapping[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "": lambda: _thread.capturing,
+    "watched": _pop_mode_temporarily,  # Dynamo would not capture under the recorder
+    "call": contextlib.nullcontext,
+}
+"""What a region's call needs, by what runs around it."""
 
 
 def attach(

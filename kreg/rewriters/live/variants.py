@@ -61,6 +61,9 @@ class Listener(Protocol):
     def failed(self, reason: str) -> None:
         """The original code answered, for this reason."""
 
+    def watch(self) -> None:
+        """How inputs are made matters to a graph that was called: note it at the next call too."""
+
 
 @dataclass(eq=False)
 class Variant:
@@ -150,6 +153,8 @@ class CapturedGraph:
             examples = _examples(placeholders)
             self._add(self._makers(examples) if examples else {}, examples)
         self.assumed = _conditions(guards[before:])
+        if self.listener is not None:
+            self.listener.watch()
 
     def holds(self, inputs: Sequence[Any]) -> bool:
         """Whether what was assumed of sizes for this graph, beyond its operators, is so in a call of the same code."""
@@ -170,8 +175,11 @@ class CapturedGraph:
         if self.functional is None:
             return self.original(*inputs)
         variant, further = self._choose(inputs)
-        if variant is not None and self.listener is not None:
-            self.listener.ran(variant)
+        if self.listener is not None:
+            if self.tried:
+                self.listener.watch()
+            if variant is not None:
+                self.listener.ran(variant)
         if variant is None or not variant.replaced:
             return self.original(*inputs)
         try:
@@ -209,13 +217,18 @@ class CapturedGraph:
             return None, []
         return self.base, []
 
+    @property
+    def tried(self) -> int:
+        """How many ways in which inputs were made a variant was tried for."""
+        return len(self.variants) + len(self.refused) + self.misfits
+
     def _makers(self, inputs: Sequence[Any]) -> dict[int, Made]:
         """How inputs of a call were made, by position, where that is known."""
         return {i: origin for i in self.watched if isinstance(origin := origin_of(inputs[i]), Made)}
 
     def _is_new(self, made: Mapping[int, Made], sizes: Mapping[Any, int]) -> bool:
         """Whether inputs were made in a way that was not tried yet, and another one may be tried."""
-        if len(self.variants) + len(self.refused) + self.misfits >= VARIANTS:
+        if self.tried >= VARIANTS:
             return False
         return all(continuation.given(made, sizes) is None for continuation in self.refused)
 
