@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -168,10 +168,14 @@ _judged = _Judged()
 
 @contextlib.contextmanager
 def judged() -> Iterator[None]:
-    """While kernels are judged: one that raises is not answered for by the reference."""
+    """While kernels are judged: one that raises is not answered for by the reference.
+
+    A backward pass stays in this thread, where that is known; on a device autograd has threads of its own.
+    """
     before, _judged.on = _judged.on, True
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _judged.on = before
 
@@ -265,21 +269,26 @@ def _save(op: Op) -> Callable[..., None]:
 
 def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     run = getattr(torch.ops.kreg, f"{op.name}_backward").default
-    count = len(op.tensors)
     positional = [a.name for a in op.parsed.arguments if not a.kwarg_only]
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each reading
-        tensors, outputs = saved[:count], saved[count:]
         wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
-        needs = [name in op.differentiable and bool(wanted.get(name)) for name in op.tensors]
-        if not any(needs) or all(g is None for g in grads):
-            return tuple(None for _ in positional)
-        found = run(list(grads), list(tensors), list(outputs), needs, **ctx.attributes, kernel=ctx.kernel)
-        by_name = {name: g for name, g, need in zip(op.tensors, found, needs, strict=True) if need}
-        return tuple(by_name.get(name) for name in positional)
+        found = _gradients(op, run, ctx, grads, [bool(wanted.get(name)) for name in op.tensors])
+        return tuple(found.get(name) for name in positional)
 
     return backward
+
+
+def _gradients(
+    op: Op, run: Callable[..., list[torch.Tensor]], ctx: Any, grads: tuple[torch.Tensor | None, ...], wanted: list[bool]
+) -> dict[str, torch.Tensor]:
+    """Gradients of the wanted tensors by name; none where none flows in."""
+    needs = [name in op.differentiable and want for name, want in zip(op.tensors, wanted, strict=True)]
+    if not any(needs) or all(g is None for g in grads):
+        return {}
+    saved, count = ctx.saved_tensors, len(op.tensors)  # read once: a checkpoint computes them anew at each reading
+    found = run(list(grads), list(saved[:count]), list(saved[count:]), needs, **ctx.attributes, kernel=ctx.kernel)
+    return {name: g for name, g, need in zip(op.tensors, found, needs, strict=True) if need}
 
 
 def direct(op: Op, constants: Mapping[str, Any]) -> Callable[..., Any]:
@@ -334,18 +343,8 @@ class _Direct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         op: Op = ctx.op
-        needs = [
-            name in op.differentiable and bool(need)
-            for name, need in zip(op.tensors, ctx.needs_input_grad[3:], strict=True)
-        ]
-        if not any(needs) or all(g is None for g in grads):
-            return (None,) * (3 + len(needs))
-        saved = ctx.saved_tensors  # once: a checkpoint computes them anew at each reading
-        count = len(op.tensors)
-        found = _call_backward(
-            op, list(grads), list(saved[:count]), list(saved[count:]), needs, kernel=ctx.kernel, **ctx.attributes
-        )
-        return (None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
+        found = _gradients(op, partial(_call_backward, op), ctx, grads, list(ctx.needs_input_grad[3:]))
+        return (None, None, None, *(found.get(name) for name in op.tensors))
 
 
 def _gradient_slot(like: torch.Tensor, tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:

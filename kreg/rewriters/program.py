@@ -65,6 +65,8 @@ def functional(program: ExportedProgram) -> Functional:
     for new, old in zip(inputs, placeholders, strict=True):
         new.name = new.target = old.name
         new.meta = {**old.meta, **new.meta}
+        if getattr(old.meta["val"], "requires_grad", False):  # which a trace does not keep
+            new.meta["val"] = new.meta["val"].detach().requires_grad_()
     module.recompile()
     specs = program.graph_signature.input_specs
     for position, spec in enumerate(specs):

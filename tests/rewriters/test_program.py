@@ -77,6 +77,16 @@ def test_a_saved_program_gives_the_same_outputs_where_only_torch_and_kreg_are_im
         torch.testing.assert_close(torch.load(tmp_path / f"{name}-out.pt"), want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_portable_program_remembers_what_trains(tmp_path: Path) -> None:
+    _, portable = made("llama", portable=True)
+    torch.export.save(portable, tmp_path / "portable.pt2")
+    for exported in (portable, program.load(tmp_path / "portable.pt2")):
+        report = kreg.program_report(kreg.lower(exported, "cpu"))
+        assert report is not None
+        assert [site.trainable for site in report.sites] == [True, True]
+        assert all(site.verify is not None and site.verify.max_grad_error is not None for site in report.sites)
+
+
 def test_a_portable_program_names_no_kernel_until_it_is_lowered(tmp_path: Path) -> None:
     model, portable = made("deepseek_v4", portable=True)
     ops = list(op_nodes(portable.graph))
