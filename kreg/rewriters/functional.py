@@ -435,7 +435,7 @@ def normalize(module: GraphModule) -> None:
 def _cat_of_what_is_there(node: Node) -> None:
     """``cat`` passes over a tensor of shape [0], which is what a cache holds before it is filled."""
     parts = list(node.args[0])  # type: ignore[arg-type]
-    there = [part for part in parts if tuple(part.meta["val"].shape) != (0,)]
+    there = [part for part in parts if not _holds_nothing(part.meta["val"])]
     if len(there) == len(parts) or not there:
         return
     if len({part.meta["val"].dtype for part in parts}) > 1:
@@ -445,6 +445,10 @@ def _cat_of_what_is_there(node: Node) -> None:
     else:  # still a tensor of its own, in one piece: a cache may be written into, and viewed
         node.target, node.args = aten.clone.default, (there[0],)
         node.kwargs = {"memory_format": torch.contiguous_format}
+
+
+def _holds_nothing(value: torch.Tensor) -> bool:
+    return value.dim() == 1 and type(value.shape[0]) is int and value.shape[0] == 0
 
 
 def drop_idle_switches(module: GraphModule) -> None:

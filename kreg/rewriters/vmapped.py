@@ -12,6 +12,7 @@ import logging
 import operator
 
 import torch
+from torch._dynamo._trace_wrapped_higher_order_op import ModIndex
 from torch._functorch import predispatch
 from torch._functorch.predispatch import _vmap_decrement_nesting as leave
 from torch._functorch.predispatch import _vmap_increment_nesting as enter
@@ -21,18 +22,33 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 log = logging.getLogger("kreg")
 
+MOD_INDEX = f"{ModIndex.__module__}.{ModIndex.__qualname__}"
+"""How a graph names the autograd function by which ``A[i]`` with a tensor ``i`` is indexed under vmap."""
+
 
 def without_vmap(module: GraphModule) -> GraphModule:
     """The module with its masks under vmap written out; as it is where there are none, or where sizes are symbolic."""
-    if not any(map(_is_mask, _parts(module.graph))):
+    if not any(map(_is_mask, _parts(module.graph))) and not any(map(_is_mod_index, module.graph.nodes)):
         return module
     module = copy.deepcopy(module)
+    _index_plainly(module.graph)
     for part in filter(_is_mask, _parts(module.graph)):
         if (plain := _traced(module, part)) is not None:
             _put_back(module.graph, part, plain)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _index_plainly(graph: Graph) -> None:
+    """Mask functions written for FlexAttention index by a custom autograd function; what it computes is an index."""
+    for node in filter(_is_mod_index, graph.nodes):
+        node.target, node.args = torch.ops.aten.index.Tensor, (node.args[3], list(node.args[4:]))
+    graph.eliminate_dead_code()
+
+
+def _is_mod_index(node: Node) -> bool:
+    return node.target is torch.ops.higher_order.flat_apply and MOD_INDEX in node.args[2:3]
 
 
 def _parts(graph: Graph) -> list[list[Node]]:

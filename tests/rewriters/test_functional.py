@@ -14,6 +14,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 
+import kreg
 from kreg.rewriters import functional
 from kreg.rewriters.functional import Signature, functionalize, normalize, without_idle_dropout
 from kreg.rewriters.graph import aten
@@ -302,6 +303,17 @@ def test_tensors_made_of_tensors_are_refused() -> None:
     module = torch.fx.symbolic_trace(nn.Softmax(-1))
     with pytest.raises(NotImplementedError, match="tensors made of tensors"):
         functionalize(module, [TwoTensor(tensor(4, 3), tensor(4, 3))])
+
+
+def test_sizes_that_depend_on_data_are_joined_as_they_are() -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x[keep].flatten(), torch.empty(0), x[0]]).sin()
+
+    inputs = torch.arange(12.0).reshape(4, 3), torch.tensor([True, False, True, False])
+    program = torch.export.export(Chosen(), inputs, strict=False)
+    made = kreg.lower(program, "cpu")
+    assert torch.equal(made.module()(*inputs), Chosen()(*inputs))
 
 
 def test_code_under_vmap_is_traced() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch import predispatch
 from torch.export import Dim
 from torch.fx import GraphModule
@@ -102,3 +103,29 @@ def test_padding_that_is_looked_up_under_vmap_is_what_it_was() -> None:
     (site,) = report.sites
     assert site.status == "replaced" and site.mask == {"kind": "causal+padding", "input": ["padding"]}
     torch.testing.assert_close(program.module()(*heads(), keep), Padded()(*heads(), keep), rtol=1e-4, atol=1e-5)
+
+
+class Indexed(nn.Module):
+    """With an index by position, as the mask functions of FlexAttention write it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        documents, place = starts.cumsum(-1), torch.arange(q.shape[2])
+
+        def kept(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (documents[b, i] == documents[b, j])
+
+        by_key = torch.vmap(kept, in_dims=(None, None, 0))
+        by_query = torch.vmap(by_key, in_dims=(None, 0, None))
+        with TransformGetItemToIndex():
+            keep = torch.vmap(by_query, in_dims=(0, None, None))(torch.arange(q.shape[0]), place, place)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None])
+
+
+def test_an_index_by_position_under_vmap_is_read_as_an_index() -> None:
+    inputs = *heads(), (torch.arange(2 * LENGTH).reshape(2, LENGTH) % 5 == 0).long()
+    program = kreg.export(Indexed(), inputs)
+    report = kreg.program_report(program)
+    assert report is not None and [(s.status, s.mask) for s in report.sites] == [
+        ("replaced", {"kind": "causal+documents", "input": ["documents"]})
+    ]
+    torch.testing.assert_close(program.module()(*inputs), Indexed()(*inputs))
