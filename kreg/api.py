@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from kreg.errors import CaptureError
 from kreg.registry import catalogue as registry
 from kreg.registry.environment import Environment
-from kreg.registry.selection import selection_from_environment
+from kreg.registry.selection import selected, selection_from_environment
 from kreg.registry.sources import Source
 from kreg.rewriters import live, program
 from kreg.rewriters.capture import Inputs, export_model
@@ -237,6 +237,7 @@ def settings_for(
         device = None if device.type == "meta" else device
     environment = Environment.supposed(device or "cpu") if dry_run else Environment.detect(device)
     enabled, disabled = selection_from_environment(enable, disable)
+    selected(registry.catalogue(), enabled, disabled)  # what cannot hold is told now, not where a layer is captured
     return Settings(environment, enabled, disabled, verify, portable, dry_run, progress)
 
 

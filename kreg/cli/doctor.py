@@ -156,7 +156,7 @@ def _shown(
 def _device(device: DeviceFacts) -> Text:
     if not device.present:
         return Text(f"not here; {device.kernels} kernels are made for it", style="dim")
-    name = " ".join(part for part in (device.name, device.architecture) if part)
+    name = " ".join(dict.fromkeys(part for part in (device.name, device.architecture) if part))
     style = "green" if device.usable else "yellow"
     return Text.assemble(f"{name}; ", (f"{device.usable} of {device.kernels} kernels can be used", style))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import metadata
+from importlib.machinery import PathFinder
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,9 @@ class Peaks:
     flops: float
     bandwidth: float
 
+
+BACKENDS = {"npu": "torch_npu"}
+"""Packages that bring a device to torch, which loads them unless TORCH_DEVICE_BACKEND_AUTOLOAD is 0."""
 
 # Vendors' data sheets, dense 16-bit matrix products; only their ratios matter to a plan.
 PEAKS: tuple[tuple[str, str, Peaks], ...] = (
@@ -137,7 +141,7 @@ def availability(spec: KernelSpec, environment: Environment) -> list[str]:
     if environment.device not in spec.devices:
         return [f"it runs on {listing(spec.devices)}, not on {environment.device}"]
     if not environment.present:
-        reasons.append(f"there is no {environment.device} device here")
+        reasons.append(_absent(environment))
     elif not _architecture_fits(spec.architectures, environment):
         found = environment.architecture or "of unknown architecture"
         reasons.append(f"it needs {listing(spec.architectures)}, the {environment.device} device is {found}")
@@ -145,6 +149,8 @@ def availability(spec: KernelSpec, environment: Environment) -> list[str]:
         reason = _package_problem(Requirement(text), environment.packages)
         if reason:
             reasons.append(reason)
+        elif not isinstance(environment.packages, EveryPackage):
+            reasons.extend(_modules_problem(Requirement(text), spec.modules))
     if not environment.assumed:
         missing = [m for m in _own_modules(spec) if not _module_exists(m)]
         reasons.extend(f"its adapter module {m} is not part of this version of kreg" for m in missing)
@@ -210,6 +216,42 @@ def _package_problem(requirement: Requirement, packages: Packages) -> str | None
         return None
     wanted = requirement.specifier
     return f"package {requirement.name} is {version}, and it needs {wanted}: {_install(requirement)}"
+
+
+def _absent(environment: Environment) -> str:
+    """Why there is no such device, as far as can be told without loading its backend."""
+    package = BACKENDS.get(environment.device)
+    if package is None or hasattr(torch, environment.device) or environment.packages.version(package) is None:
+        return f"there is no {environment.device} device here"
+    return (
+        f"package {package} is installed and not loaded: unset TORCH_DEVICE_BACKEND_AUTOLOAD, "
+        f"or import {package} before kreg looks for devices"
+    )
+
+
+def _modules_problem(requirement: Requirement, modules: tuple[str, ...]) -> list[str]:
+    """A package that is there without a module that a kernel calls: a placeholder, or another version."""
+    top = requirement.name.replace("-", "_").lower()
+    lacking = [m for m in modules if m.partition(".")[0].lower() == top and not _module_found(m)]
+    return [
+        f"package {requirement.name} is installed without its module {module}: {_install(requirement)}"
+        for module in lacking
+    ]
+
+
+def _module_found(name: str) -> bool:
+    """Whether a module is there; its packages are looked into, and not imported."""
+    top, *parts = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for number in range(len(parts)):
+            places = None if spec is None else spec.submodule_search_locations
+            if places is None:
+                return False
+            spec = PathFinder.find_spec(".".join((top, *parts[: number + 1])), list(places))
+    except (ImportError, ValueError):
+        return False
+    return spec is not None
 
 
 def _install(requirement: Requirement) -> str:

@@ -28,6 +28,7 @@ DEVICE_ALIASES = {"gpu": "cuda", "hip": "cuda", "rocm": "cuda", "ascend": "npu"}
 
 NAME = re.compile(r"[A-Za-z]\w*\.\w[\w.-]*")
 ENTRY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:(\w+|<locals>|<lambda>)(\.(\w+|<locals>|<lambda>))*(#\d+)?")
+MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 ARCHITECTURE = re.compile(r"sm_\d+[a-z]?\+?|[A-Za-z][\w*?\[\]-]*")
 TAG = re.compile(r"\w[\w-]*")
 
@@ -108,6 +109,7 @@ Architecture = Annotated[
 ]
 Dtype = Annotated[str, BeforeValidator(_dtype_name), AfterValidator(_dtype)]
 RequirementText = Annotated[str, AfterValidator(_requirement)]
+Module = Annotated[str, AfterValidator(_matching(MODULE, "'package.module'"))]
 Exclusion = Annotated[str, AfterValidator(_exclusion)]
 Tag = Annotated[str, AfterValidator(_matching(TAG, "a word of letters, digits, _ and -"))]
 
@@ -144,6 +146,8 @@ class KernelSpec(BaseModel):
             which must hold. See `kreg.registry.constraints`.
         trains: whether its gradient may be used.
         requires: packages, as pip writes them. A URL says where a package is that the index does not have.
+        modules: modules of those packages that it calls, where another version or a placeholder of the same
+            name would lack them. They are looked for, not imported.
         excludes: kernels, or ``tag:<tag>``, that may not be used in the same plan. It holds both ways.
         tags: words by which others can exclude it.
         deterministic: whether equal inputs give equal bits.
@@ -168,6 +172,7 @@ class KernelSpec(BaseModel):
     constraints: tuple[str, ...] = ()
     trains: bool = False
     requires: tuple[RequirementText, ...] = ()
+    modules: tuple[Module, ...] = ()
     excludes: tuple[Exclusion, ...] = ()
     tags: tuple[Tag, ...] = ()
     deterministic: bool = True

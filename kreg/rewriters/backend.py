@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment
-from kreg.registry.selection import selection_from_environment
+from kreg.registry.selection import selected, selection_from_environment
 from kreg.rewriters.live.captured import captured
 from kreg.rewriters.live.variants import Compiled
 from kreg.rewriters.pipeline import Settings
@@ -45,6 +46,7 @@ def backend(
     if device is None:
         device = next((t.device for t in example_inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
     enable, disable = selection_from_environment(given.get("enable", ()), given.get("disable", ()))
+    selected(catalogue(), enable, disable)  # a graph that cannot be planned runs as it is: this has to be told first
     settings = Settings(Environment.detect(device), enable, disable, given.get("verify", True))
     return captured(module, settings, "GraphModule", finish=_inductor if rest == "inductor" else None)
 

@@ -63,8 +63,8 @@ def bind(module: GraphModule) -> None:
 
 def _narrowed(node: Node) -> tuple[Any, ...] | None:
     """A slice of a dimension of known size as the arguments of ``torch.narrow``, which has a binding."""
-    given: tuple[Any, ...] = node.args
-    tensor, dim, start, *rest = (*given, *(0, 0)[len(given) - 1 :])
+    given: list[Any] = [*node.args, *(0, 0)[len(node.args) - 1 :]]
+    tensor, dim, start, *rest = given
     before, after = tensor.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or rest[1:] not in ([], [1]):
         return None
