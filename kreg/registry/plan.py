@@ -82,12 +82,12 @@ class Plan:
     Attributes:
         device: torch's device type.
         choices: by site id.
-        notes: what holds for the whole plan: an enabled kernel that no site can use, and why.
+        unused: the enabled kernels that no site can use, and why.
     """
 
     device: str
     choices: Mapping[str, Choice]
-    notes: tuple[str, ...] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def make_plan(
     references = {o.site.id: o.reference_us for o in options}
     best = assign(costs, references, conflicts)
     choices = {o.site.id: _choice(o, best, costs, references, conflicts, usable) for o in options}
-    return Plan(environment.device, choices, _notes(wanted, usable, options, catalogue))
+    return Plan(environment.device, choices, _unused(wanted, usable, options, catalogue))
 
 
 def _preferring(options: Options, enabled: set[str]) -> Options:
@@ -178,16 +178,17 @@ def _preferring(options: Options, enabled: set[str]) -> Options:
     return options.without({name: reason for name in options.candidates if name not in enabled})
 
 
-def _notes(wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue) -> tuple[str, ...]:
-    notes = []
+def _unused(
+    wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue
+) -> dict[str, str]:
+    found = {}
     for name in wanted:
         if name in usable:
             continue
         op = catalogue.kernel(name).op
         reasons = {r.reason for o in options for r in o.rejected if r.kernel == name}
-        why = "; ".join(sorted(reasons)) or f"no site computes {op}"
-        notes.append(f"{name} is enabled, but no site can use it: {why}")
-    return tuple(notes)
+        found[name] = "; ".join(sorted(reasons)) or f"no site computes {op}"
+    return found
 
 
 def _options(site: SiteFacts, catalogue: Catalogue, environment: Environment) -> Options:

@@ -119,6 +119,7 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
             _site_report(site, facts.get(site.id), plan, outcomes, raised, after, settings) for site in findings.sites
         ),
         near_misses=tuple(NearMissReport(**miss.to_json(), around=surroundings(miss)) for miss in findings.near_misses),
+        unused=plan.unused,
         seconds=clock.seconds(),
         dry_run=settings.dry_run,
     )

@@ -314,14 +314,12 @@ def test_what_an_enabled_kernel_excludes_is_off_everywhere() -> None:
     assert reasons(the(plan, "two0"))["b.two"] == "it and a.one exclude each other, and a.one is enabled"
 
 
-def test_an_enabled_kernel_that_no_site_can_use_changes_nothing_and_is_noted() -> None:
+def test_an_enabled_kernel_that_no_site_can_use_changes_nothing_and_the_plan_says_why() -> None:
     known = catalogue_of(spec("a.gpu", devices=["cuda"], excludes=["b.cpu"]), spec("b.cpu"))
     plan = make_plan([attention()], known, CPU, enable=["a.gpu"])
     assert plan.kernels == ("b.cpu",)
-    assert plan.notes == ("a.gpu is enabled, but no site can use it: it runs on cuda, not on cpu",)
-    assert make_plan([], known, CPU, enable=["a.gpu"]).notes == (
-        "a.gpu is enabled, but no site can use it: no site computes attention",
-    )
+    assert plan.unused == {"a.gpu": "it runs on cuda, not on cpu"}
+    assert make_plan([], known, CPU, enable=["a.gpu"]).unused == {"a.gpu": "no site computes attention"}
 
 
 @pytest.mark.parametrize("enable", [("mindspeed.sas", "mindspeed.li"), ("mindspeed.*",), "mindspeed.li,mindspeed.sas"])

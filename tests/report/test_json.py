@@ -15,7 +15,7 @@ SITE |= {"alternatives", "nodes_replaced", "verified_at"}
 
 def test_the_keys_are_those_of_the_schema() -> None:
     facts = json.loads(mixed().to_json())
-    assert set(facts) == REPORT | {"calls", "dry_run"}
+    assert set(facts) == REPORT | {"calls", "dry_run", "unused"}
     assert all(set(site) == SITE for site in facts["sites"])
     assert {key for s in facts["sites"] for key in s["verify"] or ()} == {
         "passed",

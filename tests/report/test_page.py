@@ -131,3 +131,9 @@ def test_near_misses_name_node_and_source_line() -> None:
 def test_nodes_are_written_as_calls(text: str, name: str, target: str, arguments: str) -> None:
     line = line_of(text)
     assert (line.name, line.target, line.arguments) == (name, target, arguments)
+
+
+def test_an_enabled_kernel_that_no_site_uses_is_on_the_page() -> None:
+    page = report(3, unused={"mindspeed.li": "no site computes <lightning_indexer>"}).to_html()
+    assert "mindspeed.li" in page and "no site computes &lt;lightning_indexer&gt;" in page
+    assert "used at no site" not in report(3).to_html()

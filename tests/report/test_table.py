@@ -81,3 +81,9 @@ def test_calls_are_counted_once_there_were_any() -> None:
     text = words(printed(report(3, calls=calls)))
     assert "1,200 rewritten, 3 by the original code" in text
     assert "acme.flash: queries is 7: 2 by the reference" in text
+
+
+def test_an_enabled_kernel_that_no_site_uses_is_told_with_the_reason() -> None:
+    text = words(printed(report(3, unused={"mindspeed.li": "no site computes lightning_indexer"})))
+    assert "Enabled, and used at no site mindspeed.li: no site computes lightning_indexer" in text
+    assert "Enabled" not in printed(report(3))

@@ -126,6 +126,12 @@ class Account:
             nodes=sum(variant.report.nodes for _, variant in chosen),
             sites=tuple(_site_at(site, path, self._first(v)) for path, v in chosen for site in v.report.sites),
             near_misses=tuple(misses),
+            unused={
+                name: why
+                for variant in self.variants
+                for name, why in variant.report.unused.items()
+                if name not in self.kernels
+            },
             seconds=self._seconds(),
             calls=self._calls(),
             dry_run=any(variant.report.dry_run for variant in self.variants),

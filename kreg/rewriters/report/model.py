@@ -115,7 +115,7 @@ class Calls(_Value):
 
 
 class Report(_Value):
-    """What a rewrite found and did."""
+    """What a rewrite found and did; ``unused`` says why enabled kernels were not used at any site."""
 
     model: str
     device: str
@@ -123,6 +123,7 @@ class Report(_Value):
     nodes: int
     sites: tuple[SiteReport, ...] = ()
     near_misses: tuple[NearMissReport, ...] = ()
+    unused: Mapping[str, str] = Field(default_factory=dict)
     seconds: Seconds = Seconds()
     calls: Calls = Calls()
     dry_run: bool = False

@@ -52,6 +52,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     if folds:
         yield _table(folds, width)
     yield from _choices(report)
+    yield from _unused(report)
     yield from _near_misses(report)
     yield from _calls(report)
 
@@ -180,6 +181,13 @@ def _near_misses(report: Report) -> Iterator[RenderableType]:
                 f": {fold.first.reason}",
             )
         )
+
+
+def _unused(report: Report) -> Iterator[RenderableType]:
+    if report.unused:
+        yield Text("\nEnabled, and used at no site", style="bold")
+        for kernel, why in report.unused.items():
+            yield _item(Text.assemble((kernel, "cyan"), f": {why}"))
 
 
 def _calls(report: Report) -> Iterator[RenderableType]:
