@@ -142,7 +142,9 @@ def lower(
     verify: bool = True,
     progress: Progress = quiet,
 ) -> ExportedProgram:
-    """A portable program with the kernels for a device.
+    """A portable program with the kernels for a device, and on that device if it is here.
+
+    The given program is left as it is.
 
     A program that holds no ops yet, exported without kreg, is raised first.
 
@@ -155,6 +157,8 @@ def lower(
     name = before.model if before is not None else "ExportedProgram"
     clock = Clock()
     with clock.stage("capture"):
+        if settings.environment.present:
+            exported = program.placed(exported, torch.device(device or settings.environment.device))
         functional = program.functional(exported)
     return _rewritten(functional, settings, name, clock)
 

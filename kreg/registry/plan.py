@@ -127,7 +127,7 @@ def make_plan(
     *,
     enable: Iterable[str] = (),
     disable: Iterable[str] = (),
-    elsewhere: Iterable[str] = (),
+    elsewhere: Iterable[str] | None = None,
 ) -> Plan:
     """Choose a kernel for every site of a graph at once.
 
@@ -141,7 +141,8 @@ def make_plan(
         enable: kernels, by name or as ``provider.*``, to prefer wherever they are eligible, at any cost; the
             kernels that they exclude are off.
         disable: kernels, by name or pattern, not to use.
-        elsewhere: kernels that other graphs of the same model use already; what they exclude is off.
+        elsewhere: where the sites are a part of a model: the kernels that its other parts use already. What they
+            exclude is off, and what an enabled kernel of this device excludes, which another part may use.
 
     Raises:
         SelectionError: an unknown name, a kernel both enabled and disabled, or two enabled that exclude each
@@ -150,14 +151,17 @@ def make_plan(
     wanted, off = selected(catalogue, enable, disable)
     taken = {
         name: f"it and {other} exclude each other, and {other} is used in another part of the model"
-        for other in sorted(elsewhere)
+        for other in sorted(elsewhere or ())
         for name in catalogue.excluded_by(other)
     }
     options = [_options(site, catalogue, environment).without(off).without(taken) for site in sites]
     usable = {name for o in options for name in o.candidates} & set(wanted)
+    ours = usable
+    if elsewhere is not None:
+        ours = usable | {name for name in wanted if not availability(catalogue.kernel(name), environment)}
     shadowed = {
         name: f"it and {other} exclude each other, and {other} is enabled"
-        for other in sorted(usable)
+        for other in sorted(ours)
         for name in catalogue.excluded_by(other)
     }
     options = [_preferring(o.without(shadowed), usable) for o in options]

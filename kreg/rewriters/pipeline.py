@@ -42,7 +42,7 @@ class Settings:
         portable: keep op nodes without kernels, also where no kernel is usable here.
         dry_run: plan only.
         dynamic: whether a live model's graph may cover other batches and lengths than the example's.
-        elsewhere: kernels that other graphs of the same model use.
+        elsewhere: where the graph is a part of a model: kernels that its other parts use. None: it is the whole.
         progress: called with a short sentence as each stage starts.
     """
 
@@ -54,7 +54,7 @@ class Settings:
     dry_run: bool = False
     progress: Progress = quiet
     dynamic: bool = True
-    elsewhere: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -224,6 +225,47 @@ def _entries(program: ExportedProgram) -> Iterator[dict[str, Any]]:
         entry = (node.meta.get("custom") or {}).get(NOTE)
         if entry is not None:
             yield entry
+
+
+def placed(program: ExportedProgram, device: torch.device) -> ExportedProgram:
+    """The program on a device: its tensors, and the tensors that its code makes. The given one is left as it is."""
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    if {v.device.type for v in values if isinstance(v, torch.Tensor)} <= {device.type}:
+        return program
+    moved: dict[int, tuple[Any, Any]] = {}  # by identity, so that what was tied stays tied
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return device
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in moved:
+            new = value.detach().to(device).requires_grad_(value.requires_grad)
+            moved[id(value)] = value, torch.nn.Parameter(new, value.requires_grad) if _is_parameter(value) else new
+        return moved[id(value)][1]
+
+    module = copy.deepcopy(program.graph_module)
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.args, node.kwargs = pytree.tree_map_only(torch.device, move, (node.args, node.kwargs))
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map(move, node.meta["val"])
+    module.recompile()
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict={name: move(value) for name, value in program.state_dict.items()},
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=pytree.tree_map(move, program.example_inputs),
+        constants={name: move(value) for name, value in program.constants.items()},
+        verifiers=program.verifiers,
+    )
+
+
+def _is_parameter(value: torch.Tensor) -> bool:
+    return isinstance(value, torch.nn.Parameter)
 
 
 def check_format(program: ExportedProgram) -> None:

@@ -223,6 +223,7 @@ def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Ru
             inputs.append(node)
         elif not _is_number(node):
             copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
+            copies[node].target = IN_DOUBLE.get(node.target, node.target)
             copies[node].args = _widened(copies[node].args)
             copies[node].kwargs = _widened(copies[node].kwargs) | _made_in_double(node)
     graph.output(tuple(copies[node] for node in outputs))
@@ -233,6 +234,16 @@ def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Ru
         return result
 
     return old
+
+
+def _grouped_product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    bounds = [0, *offs.tolist()]
+    parts = [x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)]
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - bounds[-1], weight.shape[2])])
+
+
+IN_DOUBLE: dict[Any, Any] = {torch.ops.aten._grouped_mm.default: _grouped_product}
+"""Operators that PyTorch has for 16 and 32 bits only, and what they are for the judge."""
 
 
 def _is_number(node: Node) -> bool:

@@ -26,6 +26,7 @@ from kreg.rewriters.functional import functionalize
 from kreg.rewriters.graph import aten
 from kreg.rewriters.live.bindings import bind
 from kreg.rewriters.live.continued import Continuation, continue_past, settle, symbols_of, values
+from kreg.rewriters.live.dry import remembered
 from kreg.rewriters.live.provenance import Made, origin_of, written
 from kreg.rewriters.memory import reuse
 from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
@@ -120,7 +121,7 @@ class CapturedGraph:
         listener: Listener | None = None,
         finish: Finish | None = None,
     ) -> None:
-        self.original = module.forward
+        self.original: Compiled = module.forward
         self.settings = settings
         self.model = model
         self.listener = listener
@@ -146,6 +147,8 @@ class CapturedGraph:
             self._failed("a graph cannot be made functional", error)
             return
         self.writes = tuple(self.signature.written)
+        if settings.dry_run and not self.writes:
+            self.original = remembered(module.forward)
         inputs = [node for node in self.functional.graph.nodes if node.op == "placeholder"]
         self.symbols = symbols_of(inputs)
         self.watched = [i for i, node in enumerate(inputs) if _may_be_made(node, placeholders[i])]

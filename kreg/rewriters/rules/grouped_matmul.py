@@ -15,8 +15,11 @@ from kreg.rewriters.site import Operand, Output, Refused, Site
 
 OP: Op = GROUPED_MATMUL
 
-OPERATORS = frozenset({"transformers::grouped_mm_fallback"})
-"""Qualified names of operators of signature (input, weight, offsets), of the op's meaning."""
+OPERATORS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+"""Qualified names of operators of the op's meaning, whose first arguments are rows, weights, and where groups end.
+
+PyTorch's leaves the rows after the last group undefined; here they are 0.
+"""
 
 
 def is_anchor(node: Node) -> bool:
@@ -27,10 +30,13 @@ def is_anchor(node: Node) -> bool:
 
 def find(context: Context, anchor: Node) -> Site:
     """The call, operand by operand."""
-    operands = [argument for argument in anchor.args if isinstance(argument, Node)]
-    if len(operands) != 3 or anchor.kwargs:
-        raise Refused("the grouped product is called in a way that is not read", anchor)
+    given = [argument for argument in (*anchor.args, *anchor.kwargs.values()) if argument is not None]
+    operands = [argument for argument in given if isinstance(argument, Node)]
+    if len(operands) != 3 or len(given) != 3 or anchor.kwargs.get("bias") is not None:
+        raise Refused("the grouped product has no group ends, or a bias or dtype of its own", anchor)
     x, weight, ends = operands
+    if [x.meta["val"].dim(), weight.meta["val"].dim()] != [2, 3]:
+        raise Refused("the grouped product is not one of rows and a matrix for each group", anchor)
     if dtype_of(x) != dtype_of(weight):
         raise Refused(f"rows are {dtype_of(x)} and weights {dtype_of(weight)}", anchor)
     tensors = {"x": Operand(x), "weight": Operand(weight), "ends": Operand(ends)}
