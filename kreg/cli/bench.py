@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kreg.cli import options
 from kreg.cli.models import FUNCTION, Shape, resolve
-from kreg.cli.output import BadInput, Output, running
+from kreg.cli.output import BadInput, ExitCode, Output, running
 from kreg.rewriters.capture import split_inputs
 from kreg.rewriters.report.table import SPARE
 
@@ -40,11 +40,17 @@ Baselines = Annotated[
     list[str] | None,
     typer.Option("--baseline", help="eager or inductor; repeatable. Default: both. 'none' for neither."),
 ]
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help=f"{options.MODEL_HELP} None: kernels by themselves.", show_default=False),
+]
+Limit = Annotated[float, typer.Option("--limit", min=1, help="Seconds, without MODEL; what does not fit is skipped.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Without MODEL: also write the results as JSON to a file.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Interleaved runs of each variant.")]
 
 
 def bench(
-    model: options.Model,
+    model: Model = None,
     device: options.Device = None,
     seq_len: Lengths = None,
     dtype: Dtypes = None,
@@ -52,6 +58,8 @@ def bench(
     baseline: Baselines = None,
     rounds: Rounds = 5,
     depth: Depths = None,
+    limit: Limit = 450.0,
+    out: Out = None,
     json: options.Json = False,
 ) -> None:
     """Measure a rewritten model beside the original and torch.compile: medians, ratios and peak memory.
@@ -60,8 +68,17 @@ def bench(
     kreg's in the same round. Peak memory is what one call holds above the idle model. "training" is forward and
     backward, "prefill" a forward that fills a cache, "decode" one token behind a cache that a prompt of --seq-len has
     filled, 16 of them in a round. Seconds are of this machine in this hour; the ratios are what can be compared.
+
+    Without MODEL and with --device cuda: every kernel of the sparse ops by itself, at DeepSeek-V4-Flash's sizes. It is
+    checked against its op's reference, and measured beside transformers' code, torch.compile and FlexAttention, and
+    against the roofline. The exit code is 1 if a kernel is wrong.
     """
     with running(json) as output:
+        if model is None:
+            if step or baseline or depth or len(dtype or []) > 1:
+                raise BadInput("--step, --baseline, --depth and several --dtype need a MODEL")
+            bench_kernels(output, device, (dtype or ["bfloat16"])[0], tuple(seq_len or ()), limit, out)
+            return
         from kreg.bench import BASELINES, STEPS, WITH_CACHE, Case, cases, run, takes_cache
 
         if depth:
@@ -98,6 +115,39 @@ def bench(
             results.append(result)
             _report_row(output, result)
         output.result([asdict(r) for r in results], *_shown(results, wanted))
+
+
+def bench_kernels(
+    output: Output, device: str | None, dtype: str, lengths: tuple[int, ...], limit: float, out: Path | None
+) -> None:
+    """Kernels by themselves, on a GPU."""
+    from kreg.bench.gpu import Run
+    from kreg.bench.gpu_cases import FLASH, PREFILL, cases
+    from kreg.bench.gpu_table import facts, shown
+    from kreg.bench.gpu_timing import DeviceTimer
+    from kreg.registry.environment import Environment
+
+    if device is None or torch.device(device).type != "cuda":
+        raise BadInput("kreg bench measures kernels by themselves on a GPU: give --device cuda, or else a MODEL")
+    here = Environment.detect(device)
+    if not here.present:
+        raise BadInput(
+            f"there is no cuda device here (torch {torch.__version__}), so nothing was measured. "
+            "On a machine with a GPU: kreg bench --device cuda"
+        )
+    chosen = getattr(torch, dtype, None)
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32):
+        raise BadInput(f"--dtype {dtype!r}: the kernels are measured in bfloat16, float16 or float32")
+    run = Run("cuda", chosen, DeviceTimer(), limit, output.progress)
+    rows = list(run.rows(cases(FLASH, lengths or PREFILL)))
+    name = f"{here.name} ({here.architecture})"
+    if out is not None:
+        out.write_text(json_.dumps(facts(run, rows, name), indent=1) + "\n", encoding="utf-8")
+    output.result(facts(run, rows, name), *shown(run, rows, name))
+    wrong = [check.kernel for check in run.checks if check.failed]
+    if wrong:
+        output.note(f"wrong, and not measured: {', '.join(wrong)}")
+        output.end(ExitCode.FAILED)
 
 
 def _bench_depth(output: Output, model: str, depths: list[int], shape: Shape, device: str, rounds: int) -> None:

@@ -23,8 +23,14 @@ from kreg.rewriters.report.table import GAP, SPARE
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Dtypes in a narrow column."""
 
+COMMAND = ": pip install "
+"""Between a reason and the command that does away with it."""
+
 WIDE = 100
-"""From this width on, the provider has a column: it is the kernel's name up to the dot."""
+"""From this width on, the provider (the kernel's name up to the dot) and the exclusions have columns."""
+
+DTYPES = 8
+"""Least width of the dtypes: two of them."""
 
 
 def reasons_of(spec: KernelSpec, device: str | None = None) -> list[str]:
@@ -107,50 +113,66 @@ def facts_of(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> dict[str
 def _listed(known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int) -> Iterator[RenderableType]:
     if not rows:
         yield Text("No kernel matches.", style="yellow")
+    wide = width >= WIDE
+    numbers = {reason: i for i, reason in enumerate(dict.fromkeys(r for _, why in rows for r in why), start=1)}
     for op in dict.fromkeys(spec.op for spec, _ in rows):
         yield Text.assemble((op, "bold cyan"), "  ", (known.op(op).summary, "dim"))
-        chosen = [(spec, reasons) for spec, reasons in rows if spec.op == op]
-        yield Padding(_table(known, chosen, width), (0, 0, 0, 2))
-        for spec, reasons in chosen:
-            if reasons:
-                yield Padding(Text.assemble((spec.name, "yellow"), f": {brief(spec, reasons)}"), (0, 0, 0, 2))
+        chosen = [(spec, [numbers[reason] for reason in why]) for spec, why in rows if spec.op == op]
+        yield Padding(_table(known, chosen, wide), (0, 0, 0, 2))
+        for spec, _ in chosen:
+            excluded = sorted(known.excluded_by(spec.name))
+            if excluded and not wide:
+                yield Padding(Text(f"{spec.name} excludes {listing(excluded)}"), (0, 0, 0, 2))
         yield Text("")
+    if numbers:
+        yield Text.assemble(("Why not", "bold"), ("  kreg show KERNEL has what a kernel asks of shapes, too", "dim"))
+        yield Padding(_legend(numbers, rows), (0, 0, 0, 2))
     for problem in known.problems:
         yield Text.assemble(("Left out: ", "yellow"), problem)
 
 
-def _table(known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int) -> Table:
+def _table(known: Catalogue, rows: list[tuple[KernelSpec, list[int]]], wide: bool) -> Table:
     table = Table(box=SPARE, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="dim")
-    wide = width >= WIDE
     for title in (
         "kernel",
         *(["provider"] if wide else []),
         "device",
         "dtypes",
         "trains",
-        "excludes",
+        *(["excludes"] if wide else []),
         "available",
     ):
-        table.add_column(title, no_wrap=title != "dtypes")
-    for spec, reasons in rows:
+        table.add_column(title, no_wrap=title != "dtypes", min_width=DTYPES if title == "dtypes" else None)
+    for spec, why in rows:
         table.add_row(
-            Text(spec.name, style="dim" if reasons else "green"),
+            Text(spec.name, style="dim" if why else "green"),
             *([spec.provider] if wide else []),
             " ".join(spec.devices),
             " ".join(SHORT.get(name, name) for name in spec.dtypes),
             "yes" if spec.trains else "no",
-            " ".join(sorted(known.excluded_by(spec.name))) or "-",
-            Text("no", style="yellow") if reasons else Text("yes", style="green"),
+            *([" ".join(sorted(known.excluded_by(spec.name))) or "-"] if wide else []),
+            Text(f"no {' '.join(map(str, why))}", style="yellow") if why else Text("yes", style="green"),
         )
     return table
 
 
-def brief(spec: KernelSpec, reasons: list[str]) -> str:
-    """The first reason, and how many more there are: ``kreg show`` has them all."""
-    if len(reasons) == 1:
-        return reasons[0]
-    first = reasons[0].partition(": pip install")[0]
-    return f"{first}; {len(reasons) - 1} more reasons: kreg show {spec.name}"
+def _legend(numbers: dict[str, int], rows: list[tuple[KernelSpec, list[str]]]) -> Table:
+    """Each reason once, as the tables number it, with its command in a line of its own and those it holds for."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(style="yellow", justify="right")
+    table.add_column(overflow="fold")
+    for reason, number in numbers.items():
+        count = sum(reason in why for _, why in rows)
+        table.add_row(str(number), Group(*_told(reason, f"  ({count} of {len(rows)})")))
+    return table
+
+
+def _told(reason: str, after: str = "", indent: str = "") -> Iterator[Text]:
+    """A reason, and under it the command that does away with it, to be copied."""
+    sentence, _, package = reason.partition(COMMAND)
+    yield Text.assemble(sentence, (after, "dim"))
+    if package:
+        yield Text(f"{indent}pip install {package}", style="cyan", overflow="fold")
 
 
 def _shown(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> Iterator[RenderableType]:
@@ -166,6 +188,7 @@ def _shown(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> Iterator[R
         ("trains", "yes" if spec.trains else "no"),
         ("deterministic", "yes" if spec.deterministic else "no"),
         ("requires", Text("\n".join(spec.requires) or "nothing")),
+        *([("modules", Text("\n".join(spec.modules)))] if spec.modules else []),
         ("excludes", listing(sorted(known.excluded_by(spec.name)), "nothing")),
         ("tags", listing(spec.tags)),
         ("declared cost", cost),
@@ -178,8 +201,7 @@ def _shown(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> Iterator[R
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, value)
-    if reasons:
-        table.add_row("available", Group(Text("no", style="yellow"), *(Text(f"- {reason}") for reason in reasons)))
-    else:
-        table.add_row("available", Text("yes", style="green"))
+    table.add_row("available", Text("no, because", style="yellow") if reasons else Text("yes", style="green"))
     yield Padding(table, (0, 0, 0, 2))
+    for reason in reasons:  # below the table, so that a command fits a line
+        yield Padding(Group(*_told(f"- {reason}", indent="  ")), (0, 0, 0, 4))

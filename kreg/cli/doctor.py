@@ -84,8 +84,9 @@ def devices_here() -> list[DeviceFacts]:
         for which in _each(kind):
             here = Environment.detect(which)
             made = [spec for spec in specs if kind in spec.devices]
+            name = here.name if here.present else absence(here)
             usable = sum(not availability(spec, here) for spec in made)
-            found.append(DeviceFacts(which, here.present, here.architecture, here.name, len(made), usable))
+            found.append(DeviceFacts(which, here.present, here.architecture, name, len(made), usable))
     return found
 
 
@@ -155,7 +156,7 @@ def _shown(
 
 def _device(device: DeviceFacts) -> Text:
     if not device.present:
-        return Text(f"not here; {device.kernels} kernels are made for it", style="dim")
+        return Text(f"{device.name}; {device.kernels} kernels are made for it", style="dim")
     name = " ".join(dict.fromkeys(part for part in (device.name, device.architecture) if part))
     style = "green" if device.usable else "yellow"
     return Text.assemble(f"{name}; ", (f"{device.usable} of {device.kernels} kernels can be used", style))

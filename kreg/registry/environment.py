@@ -141,7 +141,7 @@ def availability(spec: KernelSpec, environment: Environment) -> list[str]:
     if environment.device not in spec.devices:
         return [f"it runs on {listing(spec.devices)}, not on {environment.device}"]
     if not environment.present:
-        reasons.append(_absent(environment))
+        reasons.append(absence(environment))
     elif not _architecture_fits(spec.architectures, environment):
         found = environment.architecture or "of unknown architecture"
         reasons.append(f"it needs {listing(spec.architectures)}, the {environment.device} device is {found}")
@@ -218,7 +218,7 @@ def _package_problem(requirement: Requirement, packages: Packages) -> str | None
     return f"package {requirement.name} is {version}, and it needs {wanted}: {_install(requirement)}"
 
 
-def _absent(environment: Environment) -> str:
+def absence(environment: Environment) -> str:
     """Why there is no such device, as far as can be told without loading its backend."""
     package = BACKENDS.get(environment.device)
     if package is None or hasattr(torch, environment.device) or environment.packages.version(package) is None:

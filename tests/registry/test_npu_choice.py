@@ -83,11 +83,8 @@ def planned(graph: GraphModule) -> Planned:
 
 
 def kernels(report: Report) -> dict[str, set[str | None]]:
-    """The kernels that sites got, by op."""
-    found: dict[str, set[str | None]] = {}
-    for site in report.sites:
-        found.setdefault(site.op, set()).add(site.kernel)
-    return found
+    """The kernels that indexers and attentions got."""
+    return {op: {site.kernel for site in of(report, op)} for op in (INDEXER, ATTENTION)}
 
 
 def of(report: Report, op: str) -> list[SiteReport]:

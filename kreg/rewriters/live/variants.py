@@ -183,7 +183,7 @@ class CapturedGraph:
                 self.listener.watch()
             if variant is not None:
                 self.listener.ran(variant)
-        if variant is None or not variant.replaced:
+        if variant is None or not variant.replaced or self.settings.dry_run:
             return self.original(*inputs)
         try:
             return variant.run(*inputs, *further)

@@ -1,0 +1,172 @@
+"""What kernels are measured against: transformers' own code, the same compiled, and FlexAttention where it can say it.
+
+Each makes a call that does a case's work once. `Skip` says why one is not made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from kreg.bench.gpu_cases import Case
+
+Call = Callable[[], object]
+Forward = Callable[[], torch.Tensor]
+MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
+
+
+class Skip(Exception):
+    """Why something is not measured, in words."""
+
+
+def eager(case: Case, given: dict[str, Any], compiled: bool = False) -> Forward:
+    """The forward as transformers writes it, masks and all, from the op's arguments.
+
+    Raises:
+        Skip: transformers is not here, or its scores would not fit into memory.
+    """
+    try:
+        modeling = importlib.import_module(MODELING)
+    except ImportError as error:
+        raise Skip(f"transformers' code is not here: {error}") from None
+    wide = case.sizes.index_heads if case.op == "lightning_indexer" else case.sizes.heads
+    keys = case.entries if case.op == "lightning_indexer" else given["kv"].shape[1] + case.entries
+    copies = 3 if case.op == "lightning_indexer" else 4
+    element = 4 if case.op == "lightning_indexer" else given["q"].element_size()
+    scores = case.batch * wide * case.queries * keys * element * copies
+    repeated = 0 if case.op == "lightning_indexer" else 2 * case.batch * wide * keys * case.sizes.head_dim * element
+    _fits(scores + repeated, given["q"].device)  # keys and values are repeated for each head
+    if case.op == "lightning_indexer":
+        return _eager_indexer(modeling, case, given, compiled)
+    return _eager_attention(modeling, case, given, compiled)
+
+
+def _eager_attention(modeling: Any, case: Case, given: dict[str, Any], compiled: bool) -> Forward:
+    keys, mask = keys_and_mask(case, given)
+    additive = torch.zeros(mask.shape, dtype=given["q"].dtype, device=mask.device)
+    additive.masked_fill_(~mask, torch.finfo(additive.dtype).min)
+    module = SimpleNamespace(num_key_value_groups=case.sizes.heads, sinks=given["sinks"], training=False)
+
+    def attend(q: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = modeling.eager_attention_forward(
+            module, q, kv[:, None], kv[:, None], bias[:, None], given["scale"]
+        )[0]
+        return out
+
+    run = fresh(attend) if compiled else attend
+    return lambda: run(given["q"], keys(), additive)
+
+
+def _eager_indexer(modeling: Any, case: Case, given: dict[str, Any], compiled: bool) -> Forward:
+    s = case.sizes
+    config = SimpleNamespace(index_head_dim=s.index_dim, index_n_heads=s.index_heads, hidden_size=1)
+    scorer = modeling.DeepseekV4IndexerScorer(config)
+    scorer.weights_proj = torch.nn.Identity()  # the weights are given
+    position = torch.arange(case.queries, device=given["q"].device) + given["offset"]
+    threshold = (position + 1) // case.ratio
+
+    def pick(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        scores = scorer(q, k, weights)
+        entry = torch.arange(scores.shape[-1], device=scores.device)
+        best = scores.masked_fill(entry >= threshold[:, None], float("-inf")).topk(case.selected, dim=-1).indices
+        return torch.where(best >= threshold[:, None], -1, best)
+
+    run = fresh(pick) if compiled else pick
+    return lambda: run(given["q"], given["k"], given["weights"])
+
+
+def flex(case: Case, given: dict[str, Any]) -> Forward:
+    """FlexAttention over window and entries side by side; a selection is a mask that it reads.
+
+    Raises:
+        Skip: it cannot express the work.
+    """
+    if case.op == "lightning_indexer":
+        raise Skip("FlexAttention has no top-k")
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    device = given["q"].device
+    keys, count = keys_of(given), given["kv"].shape[1]
+    window, offset, ratio = case.sizes.window, given["offset"], max(1, case.ratio)
+    chosen = selected_mask(case, given) if case.layer == "selected" else None
+
+    def keeps(b: Any, h: Any, row: Any, key: Any) -> Any:
+        position, entry = row + offset, key - count
+        near = (key <= position) & (key > position - window) & (key < count)
+        if chosen is None:
+            return near | ((key >= count) & ((entry + 1) * ratio <= position + 1))
+        return near | ((key >= count) & chosen[b, row, entry.clamp(min=0)])
+
+    compiles = device.type != "cpu"
+    blocks = create_block_mask(
+        keeps, case.batch, None, case.queries, count + case.entries, device=str(device), _compile=compiles
+    )
+    run: Any = fresh(flex_attention) if compiles else flex_attention
+    sinks = given["sinks"].float()[:, None]
+
+    def attend() -> torch.Tensor:
+        kv = keys()[:, None]
+        out, extra = run(
+            given["q"],
+            kv,
+            kv,
+            block_mask=blocks,
+            scale=given["scale"],
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
+        share = torch.sigmoid(extra.lse - sinks).unsqueeze(-1)
+        scaled: torch.Tensor = (out * share).to(out.dtype).transpose(1, 2)
+        return scaled
+
+    return attend
+
+
+def fresh(function: Any) -> Any:
+    """Compiled for this case alone: after several shapes Dynamo would run the function as it is, and say nothing."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def keys_and_mask(case: Case, given: dict[str, Any]) -> tuple[Forward, torch.Tensor]:
+    """Keys and entries in one tensor, and which of them each query sees: bool [batch, queries, keys]."""
+    device, count = given["q"].device, given["kv"].shape[1]
+    position = torch.arange(case.queries, device=device).unsqueeze(1) + given["offset"]
+    key = torch.arange(count, device=device)
+    near = ((key <= position) & (key > position - case.sizes.window)).expand(case.batch, -1, -1)
+    if not case.ratio:
+        return keys_of(given), near
+    if case.layer == "selected":
+        entries = selected_mask(case, given)
+    else:
+        entry = torch.arange(case.entries, device=device)
+        entries = ((entry + 1) * case.ratio <= position + 1).expand(case.batch, -1, -1)
+    return keys_of(given), torch.cat([near, entries], dim=-1)
+
+
+def keys_of(given: dict[str, Any]) -> Forward:
+    """Window and entries in one tensor: joined in each call, as the model joins them."""
+    if given.get("compressed") is None:
+        return lambda: given["kv"]
+    return lambda: torch.cat([given["kv"], given["compressed"]], dim=1)
+
+
+def selected_mask(case: Case, given: dict[str, Any]) -> torch.Tensor:
+    """The selection as a bool mask [batch, queries, entries]."""
+    size = case.batch * case.queries * (case.entries + 1)
+    _fits(2 * size, given["q"].device)
+    chosen = torch.zeros(case.batch, case.queries, case.entries + 1, dtype=torch.bool, device=given["q"].device)
+    indices = given["indices"]
+    chosen.scatter_(-1, torch.where(indices < 0, case.entries, indices), True)
+    return chosen[..., : case.entries]
+
+
+def _fits(needed: int, device: torch.device) -> None:
+    """Raises Skip for what memory cannot hold; where its size is not known, 64 GiB are taken for it."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 64 * 2**30
+    if needed > 0.9 * free:
+        raise Skip(f"needs about {needed / 2**30:,.0f} GiB of scores and masks, {free / 2**30:,.0f} are free")

@@ -1,0 +1,177 @@
+"""``kreg bench --device cuda``, but for the GPU: what it counts, what it compares, what it says; on tiny sizes."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kreg.bench import gpu, gpu_baselines
+from kreg.bench.gpu import Run
+from kreg.bench.gpu_cases import FLASH, TINY, Case, arguments, cases, pairs, work
+from kreg.bench.gpu_check import check
+from kreg.bench.gpu_table import facts, shown
+from kreg.bench.gpu_timing import Ceilings, HostTimer, ceilings
+from kreg.cli.app import app
+from kreg.registry.catalogue import catalogue
+from kreg.registry.ops.attention import band
+from kreg.registry.ops.sparse_attention import ready
+from kreg.registry.spec import KernelSpec, hold
+
+CASES = [
+    Case(op, layer, step, batch, context, TINY)
+    for op, layer, step, batch, context in [
+        ("sparse_attention", "sliding", "forward", 1, 5),
+        ("sparse_attention", "sliding", "forward", 2, 37),
+        ("sparse_attention", "selected", "forward", 2, 37),
+        ("sparse_attention", "compressed", "forward", 1, 300),
+        ("sparse_attention", "selected", "decode", 3, 67),
+        ("sparse_attention", "compressed", "decode", 2, 300),
+        ("lightning_indexer", "selected", "forward", 2, 37),
+        ("lightning_indexer", "selected", "decode", 2, 130),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_the_pairs_that_the_roofline_counts_are_those_that_the_op_keeps(case: Case) -> None:
+    place = {"offset": case.context - case.queries, "device": torch.device("cpu")}
+    kept = ready(case.queries, case.entries, ratio=max(1, case.ratio), **place)
+    if case.op == "lightning_indexer":
+        assert pairs(case) == int(kept.sum())
+        return
+    window = band(case.queries, case.context, causal=True, window=TINY.window, **place)
+    assert window is not None
+    chosen = arguments(case, torch.float32, "cpu").get("indices")
+    entries = int(kept.sum()) if chosen is None else int((chosen[0] >= 0).sum())
+    assert pairs(case) == int(window.sum()) + entries
+
+
+def test_the_picks_of_a_query_are_distinct_and_ready() -> None:
+    case = Case("sparse_attention", "selected", "forward", 2, 61, TINY)
+    indices = arguments(case, torch.float32, "cpu")["indices"]
+    assert indices.shape == (2, 61, TINY.topk)
+    for batch, row in torch.cartesian_prod(torch.arange(2), torch.arange(61)).tolist():
+        chosen = [i for i in indices[batch, row].tolist() if i >= 0]
+        assert len(chosen) == len(set(chosen)) == min(TINY.topk, (row + 1) // 4)
+        assert all((i + 1) * 4 <= row + 1 for i in chosen)
+
+
+def test_the_work_of_the_real_size_is_what_one_counts_by_hand() -> None:
+    decode = Case("sparse_attention", "selected", "decode", 64, 65536)
+    operations, moved = work(decode, 2)
+    assert operations == 2 * 2 * 64 * 64 * 512 * (128 + 512)
+    assert moved == 64 * (2 * 64 * 512 * 2 + (128 + 512) * 512 * 2 + 512 * 8)
+    prompt = Case("sparse_attention", "sliding", "forward", 1, 1024)
+    assert work(prompt, 2)[0] == 4 * 64 * 512 * (sum(range(1, 128)) + 128 * (1024 - 127))
+    assert work(Case("sparse_attention", "sliding", "backward", 1, 1024), 2)[0] == 2.5 * work(prompt, 2)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("baseline", ["eager", "flex"])
+def test_a_baseline_does_the_work_of_the_op(baseline: str, case: Case) -> None:
+    pytest.importorskip("transformers")
+    given = arguments(case, torch.float32, "cpu")
+    op = catalogue().op(case.op)
+    want = op.reference(**given)
+    if case.op == "lightning_indexer":
+        if baseline == "flex":
+            with pytest.raises(gpu_baselines.Skip, match="no top-k"):
+                gpu_baselines.flex(case, given)
+            return
+        assert op.error(given, (gpu_baselines.eager(case, given)(),), want) < 1e-5
+        return
+    made = gpu_baselines.flex(case, given) if baseline == "flex" else gpu_baselines.eager(case, given)
+    with torch.no_grad():
+        torch.testing.assert_close(made(), want[0].transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+SOME = [case for case in cases(TINY, (24,), (40,)) if case.batch == 1 and case.layer == "selected"]
+
+
+def run_tiny(monkeypatch: pytest.MonkeyPatch, limit: float = 300.0) -> tuple[Run, list[gpu.Row]]:
+    monkeypatch.setattr(gpu, "BASELINES", ("eager", "flex"))  # Inductor takes long to compile
+    run = Run("cpu", torch.float32, HostTimer(), limit)
+    return run, list(run.rows(SOME, ceiling_size=64, moved=2**16))
+
+
+def test_every_kernel_and_baseline_has_a_row_for_every_case_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, rows = run_tiny(monkeypatch)
+    assert {check.kernel for check in run.checks} == {"kreg.tiled_sparse_attention", "kreg.tiled_indexer"}
+    assert all(check.passed for check in run.checks)
+    measured = {(row.case, row.variant) for row in rows if row.seconds is not None}
+    for case in SOME:
+        mine = "kreg.tiled_indexer" if case.op == "lightning_indexer" else "kreg.tiled_sparse_attention"
+        assert {(case, mine), (case, "eager")} <= measured
+    for row in rows:
+        assert (row.seconds is None) == bool(row.skipped)
+        assert row.seconds is None or row.reached == pytest.approx(row.roofline / row.seconds)
+
+    assert json.loads(json.dumps(facts(run, rows, "a machine")))["rows"]
+    page = io.StringIO()
+    console = Console(file=page, width=140)
+    for part in shown(run, rows, "a machine"):
+        console.print(part)
+    assert "sparse_attention selected backward, batch 1" in page.getvalue()
+    assert "FlexAttention has no top-k" in page.getvalue()
+
+
+def test_what_no_time_is_left_for_is_said_to_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rows = run_tiny(monkeypatch, limit=0.0)
+    assert {row.skipped for row in rows} == {"no time is left"}
+
+
+def test_a_kernel_that_is_wrong_is_found_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = catalogue().op("sparse_attention")
+
+    def off(q: torch.Tensor, kv: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor, ...]:
+        out, lse = op.reference(q, kv, *rest, **more)
+        return out * 1.001, lse
+
+    def spec(function: Any, **fields: Any) -> KernelSpec:
+        return KernelSpec(
+            op=op.name, name="test.off", entry=hold(function), devices=["cpu"], dtypes=["float32"], **fields
+        )
+
+    found = check(spec(off), op, torch.float32, "cpu")
+    assert not found.passed and "of the accepted error in its result" in found.failed
+    assert check(spec(op.reference, trains=True), op, torch.float32, "cpu").passed
+    taken = check(spec(op.reference, constraints=["head_dim > 4096"]), op, torch.float32, "cpu")
+    assert taken.failed == "it takes none of the op's samples"
+
+    monkeypatch.setattr(Run, "_kernels", lambda self, name: [spec(off)] if name == op.name else [])
+    _, rows = run_tiny(monkeypatch, limit=0.0)
+    assert rows and "test.off" not in {row.variant for row in rows}
+
+
+def test_the_roofline_is_the_slower_of_a_product_and_a_copy() -> None:
+    ceiling = Ceilings(flops=100.0, bandwidth=10.0)
+    assert (ceiling.seconds(200.0, 10.0), ceiling.bound(200.0, 10.0)) == (2.0, "matmul")
+    assert (ceiling.seconds(200.0, 50.0), ceiling.bound(200.0, 50.0)) == (5.0, "copy")
+    measured = ceilings(torch.float32, "cpu", HostTimer(), size=64, moved=2**16)
+    assert measured.flops > 0 and measured.bandwidth > 0
+
+
+def test_the_cases_are_the_sizes_that_were_asked_for() -> None:
+    asked = cases()
+    assert (FLASH.heads, FLASH.head_dim, FLASH.window, FLASH.topk) == (64, 512, 128, 512)
+    for step in ("forward", "backward"):
+        lengths = {c.context for c in asked if c.step == step and c.op == "sparse_attention" and c.layer == "selected"}
+        assert lengths == {1024, 4096, 16384, 65536}
+    for op in ("sparse_attention", "lightning_indexer"):
+        decoded = {(c.batch, c.context) for c in asked if c.step == "decode" and c.op == op and c.layer == "selected"}
+        assert decoded == {(b, n) for b in (1, 64) for n in (4096, 65536, 1048576)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_command_says_so_and_fails() -> None:
+    done = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    assert done.exit_code == 2
+    assert "there is no cuda device here" in " ".join(done.output.split())
+    for arguments_given in ([], ["--device", "cpu"], ["--device", "cuda", "--step", "decode"]):
+        assert CliRunner().invoke(app, ["bench", *arguments_given]).exit_code == 2

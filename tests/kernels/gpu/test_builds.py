@@ -1,0 +1,224 @@
+"""Triton kernels are compiled for GPUs that are not here, and what they take is held against what those have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from kreg.errors import SelectionError, SpecError
+from kreg.kernels.gpu import COMPILED, TARGETS, Config, Launch, Table, current_target, launch, record
+from kreg.kernels.gpu.build import Binary, BuildError, compile_for, misfits
+from kreg.kernels.gpu.collect import launches, modules_with_builds, not_built, one_of_each, tables_of, targets_of, tasks
+from kreg.kernels.gpu.page import BEGIN, END
+from kreg.kernels.gpu.targets import assume, target_of
+from kreg.registry.catalogue import catalogue
+from kreg.registry.environment import Environment, EveryPackage, availability
+
+MODULES = modules_with_builds()
+PAGE = Path(__file__).parents[3] / "docs/performance.md"
+
+TOY = """
+import torch, triton, triton.language as tl
+from kreg.kernels.gpu import Config, Table, launch, record
+
+@triton.jit
+def product(a, b, out, size, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    found = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, size, BLOCK):
+        x = tl.load(a + i * size + start + j)
+        y = tl.load(b + (start + i) * size + j)
+        found += tl.dot(x, y)
+    tl.store(out + i * size + j, found.to(out.dtype.element_ty))
+
+def call(a, config):
+    launch(product, (1,), config, a=a, b=a, out=torch.empty_like(a), size=a.shape[0])
+
+def builds(target):
+    a = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
+    for warps, stages, spills in ((8, 2, ""), (8, 6, ""), (2, 2, ""), (2, 2, "a test")):
+        yield from record(target, call, a, Config({"BLOCK": 128}, warps, stages, spills))
+"""
+
+
+def compiled(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, Any], str]:
+    """``python -m kreg.kernels.gpu`` in a process of its own: this one may be interpreting."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path or ""), env.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "kreg.kernels.gpu", "--json", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def test_a_kernel_of_every_function_compiles_and_fits() -> None:
+    code, found, errors = compiled("--sample")
+    assert found.get("problems") == [], errors
+    wanted = {(task.kernel, task.target) for task in one_of_each(tasks(MODULES, targets_of(MODULES)))}
+    assert {(binary["kernel"], binary["target"]) for binary in found["binaries"]} == wanted
+    assert code == 0
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_with_every_configuration_for_every_target() -> None:
+    code, found, errors = compiled()
+    assert found.get("problems") == [], errors
+    assert len(found["binaries"]) == len(list(tasks(MODULES, targets_of(MODULES))))
+    assert code == 0
+
+
+def test_every_row_of_every_tuning_table_is_built_for_its_target() -> None:
+    assert {module.split(".")[2] for module in MODULES} >= {"sparse_attention", "lightning_indexer"}
+    tables = [table for module in MODULES for table in tables_of(module)]
+    assert tables and all(table.configs(TARGETS[name]) for table in tables for name in COMPILED)
+    assert not_built(MODULES, targets_of(MODULES)) == []
+
+
+def test_a_kernel_claims_no_architecture_that_its_tables_have_no_rows_for() -> None:
+    for spec in catalogue().specs.values():
+        module = spec.entry.partition(":")[0]
+        if module not in MODULES:
+            continue
+        assert spec.architectures, spec.name
+        for target in TARGETS.values():
+            here = Environment("cuda", target.name, packages=EveryPackage())
+            for table in tables_of(module) if not availability(spec, here) else ():
+                missing = [k for k, rows in table.rows.items() if not {target.name, target.tuned_as} & rows.keys()]
+                assert not missing, f"{spec.name} claims {target.name}, for which {table.where} has no {missing}"
+
+
+def test_the_page_names_every_configuration() -> None:
+    page = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    for module in MODULES:
+        for target in targets_of(MODULES):
+            for one in launches(module, target):
+                assert f"| {one.name} | {one.config} |" in page, (
+                    f"{one.name} with {one.config} is not in {PAGE.name}: python -m kreg.kernels.gpu --write {PAGE}"
+                )
+
+
+def test_a_kernel_that_does_not_fit_or_spills_is_refused_unless_its_row_says_why(tmp_path: Path) -> None:
+    (tmp_path / "toy_kernels.py").write_text(TOY)
+    code, found, errors = compiled("--module", "toy_kernels", "--target", "sm_90", path=tmp_path)
+    assert code == 1
+    fits, deep, few, _ = found["binaries"]
+    limit = TARGETS["sm_90"].shared_bytes
+    assert 0 < fits["shared_bytes"] <= limit < deep["shared_bytes"]
+    assert 0 < fits["registers"] < few["registers"] == 255
+    assert fits["spilled_bytes"] == 0 < few["spilled_bytes"]
+    too_deep, spilling = found["problems"]
+    assert f"{deep['shared_bytes']:,} bytes of shared memory, at most {limit:,}" in too_deep
+    assert f"{few['spilled_bytes']} bytes a thread are spilled, and the row does not say why" in spilling
+    assert all(problem in " ".join(errors.split()) for problem in found["problems"])
+
+
+def test_what_a_target_does_not_have_is_named() -> None:
+    binary = Binary("forward", "gfx942", "", "BLOCK=64", "q:bf16", 70_000, 600, 0, 1, 512)
+    reasons = misfits(binary, TARGETS["gfx942"])
+    assert reasons[0] == "forward on gfx942 with BLOCK=64: 70,000 bytes of shared memory, at most 65,536"
+    assert "600 registers a thread, at most 512" in reasons[1]
+    assert "512 threads of 600 registers, at most 131,072 registers a block" in reasons[2]
+    fits = Binary("forward", "gfx950", "", "BLOCK=64", "q:bf16", 70_000, 256, 0, 1, 512)
+    assert misfits(fits, TARGETS["gfx950"]) == []
+
+
+def test_a_kernel_of_the_interpreter_is_not_compiled() -> None:
+    with pytest.raises(BuildError, match="start Python without TRITON_INTERPRET"):
+        compile_for(Launch(lambda: None, {}, Config()), TARGETS["sm_90"])
+
+
+def test_a_launch_is_recorded_with_the_target_it_is_for_and_nothing_runs() -> None:
+    def host(size: int) -> None:
+        blocks = {"sm_90": 64, "gfx942": 32}
+        launch(host, (size,), Config({"BLOCK": blocks[current_target().name]}), size=size)
+
+    for name, block in (("sm_90", 64), ("gfx942", 32)):
+        (found,) = record(name, host, 7)
+        assert (found.config["BLOCK"], dict(found.arguments)) == (block, {"size": 7})
+    with pytest.raises(TypeError):
+        host(7)  # outside, it is launched: a function is no kernel
+    launch(host, (0, 3), Config(), size=7)  # but of no programs nothing is
+
+
+def test_a_gpu_whose_limits_are_not_known_is_an_error() -> None:
+    assert current_target("cpu").name == "sm_90"
+    with assume("gfx950") as target:
+        assert current_target("cpu") is target
+    with pytest.raises(SelectionError, match=r"'sm_75'; known: sm_80"):
+        target_of("sm_75")
+
+
+# ---------------------------------------------------------------------------------------------- tuning tables
+
+FILE = """
+forward:
+  facts: [head_dim]
+  targets:
+    sm_90:
+      - {when: head_dim > 256, BLOCK: 32, num_warps: 8, num_stages: 2}
+      - {BLOCK: 64, FAST: true, num_warps: 4, num_stages: 3, spills: too wide}
+    sm_100:
+      - {when: head_dim <= 64, BLOCK: 16, num_warps: 4, num_stages: 1}
+"""
+
+
+def table(tmp_path: Path, text: str = FILE) -> Table:
+    path = tmp_path / "tuning.yaml"
+    path.write_text(text)
+    return Table.read(path)
+
+
+def test_the_first_row_that_holds_is_taken(tmp_path: Path) -> None:
+    read = table(tmp_path)
+    wide = read.pick("forward", TARGETS["sm_90"], head_dim=512)
+    assert (wide.options, wide.label) == ({"BLOCK": 32, "num_warps": 8, "num_stages": 2}, "forward sm_90 #1")
+    narrow = read.pick("forward", TARGETS["sm_90"], head_dim=64)
+    assert (narrow["BLOCK"], narrow["FAST"], narrow.spills) == (64, True, "too wide")
+    assert read.pick("forward", TARGETS["sm_103"], head_dim=64)["BLOCK"] == 16  # tuned as sm_100 is
+    assert len(read.configs(TARGETS["sm_90"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "head_dim", "says"),
+    [
+        ("forwards", "sm_90", 64, r"no kernel is called 'forwards' \(did you mean 'forward'\?\)"),
+        ("forward", "gfx942", 64, r"no configuration for gfx942.*64 KiB of shared memory"),
+        ("forward", "sm_100", 128, r"no row of forward for sm_100 holds for head_dim = 128"),
+    ],
+)
+def test_a_launch_that_no_row_is_for_is_an_error(
+    tmp_path: Path, kernel: str, target: str, head_dim: int, says: str
+) -> None:
+    with pytest.raises(SelectionError, match=says):
+        table(tmp_path).pick(kernel, TARGETS[target], head_dim=head_dim)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("head_dim > 256", "dim > 256", r"row 1.*dim"),
+        ("num_warps: 8", "num_warps: 6", r"row 1: num_warps is 6; allowed: a power of two"),
+        ("num_warps: 8", "num_warps: many", r"num_warps is 'many'"),
+        ("sm_100:", "sm_99:", r"target 'sm_99' is not known"),
+        ("when: head_dim > 256, ", "", r"row 1 for sm_90 holds always"),
+        ("BLOCK: 32", "BLOCK: [32]", r"BLOCK.*\[32\]"),
+        ("facts:", "fact:", r"fact is \['head_dim'\]"),
+        (FILE, "- forward", r"the file is \['forward'\]"),
+        (FILE, "a: b: c", r"is not YAML"),
+    ],
+)
+def test_a_malformed_table_says_where(tmp_path: Path, before: str, after: str, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        table(tmp_path, FILE.replace(before, after))
+
+
+def test_a_table_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        Table.read(tmp_path / "none.yaml")
