@@ -46,7 +46,7 @@ def reasons_of(spec: KernelSpec, device: str | None = None) -> list[str]:
 
 def list_kernels(
     op: Annotated[str | None, typer.Option("--op", help="Kernels of one op only.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Kernels for one device only.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Kernels for one device only, and what they ask for.")] = None,
     available: Annotated[
         bool | None,
         typer.Option(
@@ -76,7 +76,7 @@ def list_kernels(
             "kernels": [facts_of(known, spec, reasons) for spec, reasons in rows],
             "problems": [*known.problems],
         }
-        output.result(facts, *_listed(known, rows, output.width))
+        output.result(facts, *_listed(known, rows, output.width, asked=kind is not None))
 
 
 def show(
@@ -110,7 +110,9 @@ def facts_of(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> dict[str
     }
 
 
-def _listed(known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int) -> Iterator[RenderableType]:
+def _listed(
+    known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: int, asked: bool
+) -> Iterator[RenderableType]:
     if not rows:
         yield Text("No kernel matches.", style="yellow")
     wide = width >= WIDE
@@ -123,9 +125,11 @@ def _listed(known: Catalogue, rows: list[tuple[KernelSpec, list[str]]], width: i
             excluded = sorted(known.excluded_by(spec.name))
             if excluded and not wide:
                 yield Padding(Text(f"{spec.name} excludes {listing(excluded)}"), (0, 0, 0, 2))
+        if asked:
+            yield Padding(_asks([spec for spec, _ in chosen]), (1, 0, 0, 2))
         yield Text("")
     if numbers:
-        yield Text.assemble(("Why not", "bold"), ("  kreg show KERNEL has what a kernel asks of shapes, too", "dim"))
+        yield Text.assemble(("Why not", "bold"), ("  kreg show KERNEL has all that it asks for", "dim"))
         yield Padding(_legend(numbers, rows), (0, 0, 0, 2))
     for problem in known.problems:
         yield Text.assemble(("Left out: ", "yellow"), problem)
@@ -153,6 +157,17 @@ def _table(known: Catalogue, rows: list[tuple[KernelSpec, list[int]]], wide: boo
             *([" ".join(sorted(known.excluded_by(spec.name))) or "-"] if wide else []),
             Text(f"no {' '.join(map(str, why))}", style="yellow") if why else Text("yes", style="green"),
         )
+    return table
+
+
+def _asks(specs: list[KernelSpec]) -> Table:
+    """The architectures and constraints of each kernel."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for spec in specs:
+        conditions = Text("; ".join(spec.constraints) or "any sizes", style="dim")
+        table.add_row(spec.name, Text.assemble(listing(spec.architectures, "any architecture"), ": ", conditions))
     return table
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from kreg.cli.options import Json
 from kreg.cli.output import running
 from kreg.registry.catalogue import catalogue
-from kreg.registry.environment import Environment, InstalledPackages, availability
+from kreg.registry.environment import Environment, InstalledPackages, absence, availability
 from kreg.version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "torch_npu", "mindspeed", "kernels")
