@@ -25,6 +25,8 @@ from kreg.registry.spec import KernelSpec
 Progress = Callable[[str], None]
 Call = Callable[[], object]
 BASELINES = ("eager", "flex", "inductor")
+NEEDS = {"flex": 30.0, "inductor": 60.0}
+"""Seconds that have to be left for a variant to be begun: it is compiled first, and a compiler is not interrupted."""
 LONGEST_CALL = 5.0
 """Seconds beyond which a call is not repeated."""
 
@@ -118,7 +120,7 @@ class Run:
         return [s for s in catalogue().kernels_for(op) if not availability(s, here) and name in s.dtypes]
 
     def _row(self, case: Case, variant: str, made: Callable[[dict[str, Any]], Call]) -> Row:
-        if self.left <= 0:
+        if self.left <= NEEDS.get(variant, 0.0):
             return Row(case, variant, None, skipped="no time is left")
         self.progress(f"{case.label}: {variant}")
         try:

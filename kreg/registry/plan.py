@@ -94,6 +94,11 @@ class Plan:
         """Names of the kernels it uses."""
         return tuple(sorted({c.kernel.name for c in self.choices.values() if c.kernel}))
 
+    @property
+    def cost_us(self) -> float:
+        """Estimated microseconds of all its sites."""
+        return sum(c.cost_us or 0.0 for c in self.choices.values())
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -127,7 +132,7 @@ def make_plan(
     *,
     enable: Iterable[str] = (),
     disable: Iterable[str] = (),
-    elsewhere: Iterable[str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose a kernel for every site of a graph at once.
 
@@ -141,20 +146,15 @@ def make_plan(
         enable: kernels, by name or as ``provider.*``, to prefer wherever they are eligible, at any cost; the
             kernels that they exclude are off.
         disable: kernels, by name or pattern, not to use.
-        elsewhere: where the sites are a part of a model: the kernels that its other parts use already. What they
-            exclude is off, and what an enabled kernel of this device excludes, which another part may use.
+        elsewhere: where the sites are a part of a model: the kernels that are off because of its other parts, with
+            the reasons. So is then what an enabled kernel of this device excludes, which another part may use.
 
     Raises:
         SelectionError: an unknown name, a kernel both enabled and disabled, or two enabled that exclude each
             other.
     """
     wanted, off = selected(catalogue, enable, disable)
-    taken = {
-        name: f"it and {other} exclude each other, and {other} is used in another part of the model"
-        for other in sorted(elsewhere or ())
-        for name in catalogue.excluded_by(other)
-    }
-    options = [_options(site, catalogue, environment).without(off).without(taken) for site in sites]
+    options = [_options(site, catalogue, environment).without(off).without(elsewhere or {}) for site in sites]
     usable = {name for o in options for name in o.candidates} & set(wanted)
     ours = usable
     if elsewhere is not None:

@@ -42,7 +42,8 @@ class Settings:
         portable: keep op nodes without kernels, also where no kernel is usable here.
         dry_run: plan only.
         dynamic: whether a live model's graph may cover other batches and lengths than the example's.
-        elsewhere: where the graph is a part of a model: kernels that its other parts use. None: it is the whole.
+        elsewhere: where the graph is a part of a model: kernels that are off because of its other parts, and why.
+            None: it is the whole.
         progress: called with a short sentence as each stage starts.
     """
 
@@ -54,7 +55,7 @@ class Settings:
     dry_run: bool = False
     progress: Progress = quiet
     dynamic: bool = True
-    elsewhere: frozenset[str] | None = None
+    elsewhere: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Rewritten:
 
     module: GraphModule
     report: Report
+    facts: tuple[SiteFacts, ...]
 
 
 @dataclass
@@ -123,7 +125,7 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
         seconds=clock.seconds(),
         dry_run=settings.dry_run,
     )
-    return Rewritten(lowered, report)
+    return Rewritten(lowered, report, tuple(facts.values()))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from kreg.registry import catalogue, library
 from kreg.registry.ops import BUILTIN_OPS
 from tests.npu.by_kernels import by_kernels
 
+pytest.importorskip("torch_npu", reason="torch_npu cannot be imported here: dev.py npu", exc_type=ImportError)
+
 ATTENTION = next(op for op in BUILTIN_OPS if op.name == "attention")
 B, H, S, D = 1, 4, 32, 64
 

@@ -39,7 +39,7 @@ def live(name: str, length: int, plan: str) -> tuple[kreg.Report, Calls]:
 
 @pytest.mark.parametrize("plan", ["SAS", "LI"])
 def test_a_live_deepseek_v4_trains_through_its_kernels(plan: str) -> None:
-    report, calls = live("deepseek_v4", 2048, plan)
+    report, calls = live("deepseek_v4", 4096, plan)
     wanted = DEEPSEEK[plan]
     assert kernels_of(report) == wanted
     check_experts(report, plan, PRODUCTS["deepseek_v4"])

@@ -106,7 +106,7 @@ def check_plans(name: str, length: int, wanted: dict[str, Any], mode: FakeTensor
 def test_deepseek_v4_trains_with_sas_with_li_with_torch_npu_only_and_with_nothing(
     mode: FakeTensorMode, subtests: Any
 ) -> None:
-    check_plans("deepseek_v4", 2048, DEEPSEEK, mode, subtests)
+    check_plans("deepseek_v4", 4096, DEEPSEEK, mode, subtests)
 
 
 @pytest.mark.parametrize("name", GQA)

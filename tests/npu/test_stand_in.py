@@ -74,11 +74,10 @@ def test_memory_is_the_hosts_and_no_operator_seems_to_have_run() -> None:
     assert done.stdout.splitlines()[-3:] == ["npu:0 True", "refused", "refused"]
 
 
-LOADED = "import torch, kreg; print(hasattr(torch, 'npu'), kreg.registry.environment.Environment.detect('npu').present)"
+LOADED = "import torch, kreg; print(kreg.registry.environment.Environment.detect('npu').present)"
 
 
-@pytest.mark.parametrize("load", [True, False])
-def test_kreg_sees_an_npu_whose_backend_torch_has_loaded_and_loads_none_itself(load: bool) -> None:
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(load))}
+def test_an_npu_is_there_for_kreg_when_torch_has_loaded_its_backend_by_itself() -> None:
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.splitlines()[-1] == f"{load} {load}"
+    assert done.stdout.splitlines()[-1] == "True"

@@ -226,10 +226,15 @@ def scores_into(
     batch, rows, heads, dim = q.shape
     padded = triton.next_power_of_2(heads)
     # One query for each request, as in decoding: a tile of several would score every key for all of its queries.
-    alone = packed is not None and packed.requests is not None and rows <= _requests(packed, k)
-    columns = padded if alone else padded * rows
+    requests = packed is not None and packed.requests is not None
+    alone = packed is not None and requests and rows <= _requests(packed, k)
     config = table.pick(
-        "scores_kernel", current_target(q.device), bytes=q.element_size(), index_dim=dim, columns=columns
+        "scores_kernel",
+        current_target(q.device),
+        bytes=q.element_size(),
+        index_dim=dim,
+        columns=padded if alone else padded * rows,
+        requests=requests,
     )
     block_h = config["BLOCK_N"] if alone else min(padded, config["BLOCK_N"])
     tiles = triton.cdiv(rows, config["BLOCK_N"] // block_h)

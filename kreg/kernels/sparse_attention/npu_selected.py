@@ -6,9 +6,9 @@ after the other, the indices name the window's positions and the selected entrie
 
 What torch_npu's documentation leaves open is not relied on:
 
-- Where -1 may stand. A row's valid indices come first ("have to be in the front half"), and -1 only behind them.
+- Where -1 may stand among indices, and whether the gradient knows it. None is given: what names nothing names one more
+  entry, of zeros, whose further part makes its score so low that its weight is 0 (`NOWHERE`), once or many times.
 - How many indices a row may have. The gradient is documented for 2048; that many are given, forward and backward.
-- What a row without a valid index gives. It gets index 0, and its result is replaced.
 - Sinks, which A2 and A3 do not take: the output is scaled by their share of the softmax's denominator. The gradient's
   operator computes ``exp(s - maximum) / sum`` with what it is given, and so is given the whole denominator.
 """
@@ -33,6 +33,10 @@ SLOTS = 2048
 ROPE = 64
 """Dimension of the further part of queries and keys."""
 
+NOWHERE = (64.0, -32768.0)
+"""First numbers of a query's further part and of that of the entry that stands for none: exact in 16 bits, and with a
+scale of 0.001 a score of -2097, whose weight beside any other is 0 in float32."""
+
 MODE = {"sparse_mode": 0, "attention_mode": 2}
 """Indices as they are, with no causal mask on top; keys that are the values too."""
 
@@ -48,8 +52,8 @@ def named(
     ratio: int,
     offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query sees, as places in the shared head, int32 [batch, queries, 1, 2048] and -1 behind the last;
-    and which queries see nothing, bool [batch, queries].
+    """What each query sees, as places in the shared head, int32 [batch, queries, 1, 2048], the place behind its end for
+    nothing; and which queries see nothing, bool [batch, queries].
     """
     batch, keys, device = kv.shape[0], kv.shape[1], kv.device
     position = torch.arange(offset, offset + queries, device=device).unsqueeze(1)
@@ -67,18 +71,18 @@ def named(
             parts.append(torch.where(far, entries + keys, -1))
         else:
             parts.append(torch.where(indices >= 0, indices + keys, -1))
-    found = torch.cat(parts, dim=-1).to(torch.int32).sort(dim=-1, descending=True).values
-    found = F.pad(found, (0, SLOTS - found.shape[-1]), value=-1)
-    blank = found[..., 0] < 0
-    first = torch.where(blank, 0, found[..., 0]).unsqueeze(-1)
-    return torch.cat([first, found[..., 1:]], dim=-1).unsqueeze(2), blank
+    found = torch.cat(parts, dim=-1)
+    absent, end = found < 0, keys + (0 if compressed is None else compressed.shape[1])
+    found = F.pad(torch.where(absent, end, found), (0, SLOTS - found.shape[-1]), value=end)
+    return found.to(torch.int32).unsqueeze(2), absent.all(-1)
 
 
 def halves(q: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Queries and keys, and the further parts that add nothing to their products."""
-    query, key = laid_out(q), laid_out(keys)
-    rope = {name: x.new_zeros(*x.shape[:3], ROPE) for name, x in (("query_rope", query), ("key_rope", key))}
-    return {"query": query, "key": key, "value": key} | rope
+    """Queries and keys, with the entry that stands for none behind them, and their further parts."""
+    query, key = laid_out(q), F.pad(laid_out(keys), (0, 0, 0, 0, 0, 1))
+    query_rope, key_rope = (x.new_zeros(*x.shape[:3], ROPE) for x in (query, key))
+    query_rope[..., 0], key_rope[:, -1, :, 0] = NOWHERE
+    return {"query": query, "key": key, "value": key, "query_rope": query_rope, "key_rope": key_rope}
 
 
 def forward(
@@ -157,5 +161,5 @@ def backward(
         layout="BSND",
         **MODE,
     )
-    found = {"q": dq.transpose(1, 2), "k": dk.transpose(1, 2), "v": dv.transpose(1, 2)}
+    found = {"q": dq.transpose(1, 2), "k": dk[:, :-1].transpose(1, 2), "v": dv[:, :-1].transpose(1, 2)}
     return results | gathered(found, needs - {"sinks"}, kv)

@@ -6,6 +6,9 @@ where entries are selected, for theirs; what neighbouring keys receive is in `tr
 in a fixed order, but for atomic additions to selected entries where these are asked for.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (parameters of Triton functions are Triton values)
+
 from __future__ import annotations
 
 import triton

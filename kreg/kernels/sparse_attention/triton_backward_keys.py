@@ -1,5 +1,8 @@
 """The backward of ``sparse_attention`` in Triton, by keys: what a tile of them receives from all queries."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (parameters of Triton functions are Triton values)
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,9 @@ of all of them. Where entries are selected, a program has one query, and gathers
 up the rows. Long ranges can be split among programs, whose parts `combine` adds up in a fixed order.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (parameters of Triton functions are Triton values)
+
 from __future__ import annotations
 
 import triton

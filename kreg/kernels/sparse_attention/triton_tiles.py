@@ -5,6 +5,9 @@ first part of ``BLOCK_D`` and a second of ``BLOCK_E``, both powers of two, so th
 ``BLOCK_E`` is 0 where one part is enough, and whatever belongs to the second part is then a placeholder.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# (parameters of Triton functions are Triton values)
+
 from __future__ import annotations
 
 import triton

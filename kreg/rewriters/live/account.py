@@ -6,9 +6,12 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+from kreg.registry.catalogue import catalogue
 from kreg.registry.library import fallbacks
+from kreg.registry.plan import SiteFacts
 from kreg.rewriters.live.variants import Variant
 from kreg.rewriters.report import Calls, NearMissReport, Report, Seconds, SiteReport
 
@@ -32,9 +35,10 @@ class Account:
     Args:
         model, device: for the report.
         paths: the model's regions, in order.
+        decided: kernels that are off by a plan for the whole model, and why.
     """
 
-    def __init__(self, model: str, device: str, paths: tuple[str, ...]) -> None:
+    def __init__(self, model: str, device: str, paths: tuple[str, ...], decided: Mapping[str, str]) -> None:
         self.model = model
         self.device = device
         self.paths = paths
@@ -43,6 +47,7 @@ class Account:
         self.calls: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.quiet = 0
+        self.decided = decided
         self._before = Counter(fallbacks)
         self._now = _Thread()
 
@@ -65,6 +70,25 @@ class Account:
         """The kernels in use so far."""
         sites = (site for variant in self.variants for site in variant.report.sites)
         return frozenset(site.kernel for site in sites if site.kernel is not None)
+
+    @property
+    def excluded(self) -> Mapping[str, str]:
+        """The kernels that are off because of others in the model, and why."""
+        known = catalogue()
+        return {
+            name: f"it and {other} exclude each other, and {other} is used in another part of the model"
+            for other in sorted(self.kernels)
+            for name in known.excluded_by(other)
+        } | dict(self.decided)
+
+    def facts(self) -> list[SiteFacts]:
+        """The sites of every region, as each of its graphs has them."""
+        return [
+            replace(site, id=f"{path}/{number}/{site.id}")
+            for path in self.paths
+            for number, variant in enumerate(self._of(path))
+            for site in variant.facts
+        ]
 
     def ran(self, variant: Variant) -> None:
         """A variant answers for the region that is running."""

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _pop_mode_temporarily
 from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
 from kreg.rewriters.live.account import Account
 from kreg.rewriters.live.captured import Known, captured
+from kreg.rewriters.live.exclusions import ruled_out
 from kreg.rewriters.live.provenance import Recorder
 from kreg.rewriters.live.regions import regions, scopes
 from kreg.rewriters.live.variants import Compiled
@@ -45,7 +46,12 @@ class RewrittenModel:
         self.fix_first = fix_first
         self.regions = regions(model)
         self.scopes = scopes(model, self.regions)
-        self.account = Account(type(model).__name__, settings.environment.device, tuple(self.regions))
+        self.name = type(model).__name__
+        self.begin({})
+
+    def begin(self, decided: Mapping[str, str]) -> None:
+        """From nothing, without the kernels that a plan for the whole model rules out, for the reasons given."""
+        self.account = Account(self.name, self.settings.environment.device, tuple(self.regions), decided)
         self.known: Known = {}
         self.fixed = self._compiled(dynamic=False)
         self.varying = self._compiled(dynamic=True)
@@ -229,6 +235,10 @@ def _capture(model: nn.Module, owner: RewrittenModel, args: tuple[Any, ...], kwa
     try:
         with _state_kept(model), owner.account.uncounted():
             model(*args, **kwargs)
+        if decided := ruled_out(owner.account, owner.settings):
+            owner.begin(decided)
+            with _state_kept(model), owner.account.uncounted():
+                model(*args, **kwargs)
     except Exception as error:
         raise failure(model, error, "captured") from error
 

@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
 
 from kreg.registry.library import direct
+from kreg.registry.plan import SiteFacts
 from kreg.rewriters.capture import first_sentences
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.functional import functionalize
@@ -50,8 +51,8 @@ class Listener(Protocol):
     """Who keeps the account of what graphs were made and ran."""
 
     @property
-    def kernels(self) -> frozenset[str]:
-        """The kernels that the model's graphs use so far."""
+    def excluded(self) -> Mapping[str, str]:
+        """The kernels that are off because of others in the model, and why."""
 
     def added(self, variant: Variant) -> None:
         """A variant was made."""
@@ -73,6 +74,7 @@ class Variant:
     Attributes:
         run: the graph as Dynamo calls it, with the further inputs after its own.
         report: what was replaced.
+        facts: of its sites, for plans.
         graph: tells the variants of one graph from those of others.
         continuation: how inputs have to have been made, or None.
         conditions: what the sizes of a call have to be, beyond Dynamo's guards.
@@ -81,6 +83,7 @@ class Variant:
 
     run: Compiled
     report: Report
+    facts: tuple[SiteFacts, ...]
     graph: int
     continuation: Continuation | None = None
     conditions: Conditions = ()
@@ -268,7 +271,7 @@ class CapturedGraph:
         before = len(guards)
         settings = self.settings
         if self.listener is not None:
-            settings = replace(settings, elsewhere=self.listener.kernels)
+            settings = replace(settings, elsewhere=self.listener.excluded)
         with _apart():
             done = rewrite_graph(module, settings, model=self.model, frontend="dynamo", clock=self.clock)
         self.clock = Clock()
@@ -280,7 +283,7 @@ class CapturedGraph:
             reuse(done.module)
             _return_tuple(done.module)
             run = self._callable(done.module)
-        variant = Variant(run, done.report, id(self), continuation, conditions)
+        variant = Variant(run, done.report, done.facts, id(self), continuation, conditions)
         if self.listener is not None:
             self.listener.added(variant)
         return variant

@@ -18,7 +18,7 @@ import torch.nn.attention.flex_attention as torch_flex
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kreg.kernels.attention import cuda, flash, flex, flex_blocks
+from kreg.kernels.attention import cuda, cuda_cudnn, flash, flex, flex_blocks
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
 from kreg.registry.library import _recompute, call_facts, facts_names
@@ -49,6 +49,9 @@ CASES = [
     case(4, 2, 5, 17, causal=True, offset=12, window=4, sinks=make(4)),
     case(2, 2, 17, 17, window=6),
     case(2, 2, 9, 21),
+    case(2, 2, 17, 17, causal=True),
+    case(1, 1, 33, 33, causal=True),
+    case(3, 3, 2, 40),
     case(2, 2, 9, 21, causal=True),
     case(2, 2, 21, 9, causal=True, sinks=make(2)),
     case(2, 1, 21, 21, causal=True, window=5, softcap=2.0),
@@ -244,6 +247,17 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         kept = kept.tril() if causal else kept
         return [*gradients(grad, q, k, v, out, lse[..., : q.shape[2]], kept, scale), None]
 
+    def cudnn_forward(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):  # type: ignore[no-untyped-def]
+        out, lse, *more = efficient_forward(q, k, v, bias, with_lse, dropout, causal, scale=scale)
+        return out, lse[..., : q.shape[2]].unsqueeze(-1), *more
+
+    def cudnn_backward(  # type: ignore[no-untyped-def]
+        grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *, scale
+    ):
+        assert lse.shape == (*q.shape[:3], 1) and (bias, cum_q, cum_k, max_q) == (None, None, None, q.shape[2])
+        kept = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        return gradients(grad, q, k, v, out, lse.squeeze(-1), kept.tril() if causal else kept, scale)
+
     def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, return_attn_probs):  # type: ignore[no-untyped-def]
         assert return_attn_probs
         kept = bottom_right(q.shape[1], k.shape[1], causal, *window_size)
@@ -256,6 +270,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, function in {
         "_flash_attention_forward": flash_forward,
         "_flash_attention_backward": flash_backward,
+        "_scaled_dot_product_cudnn_attention": cudnn_forward,
+        "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
         "_scaled_dot_product_efficient_attention": efficient_forward,
         "_scaled_dot_product_efficient_attention_backward": efficient_backward,
     }.items():
@@ -266,6 +282,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 ADAPTERS = {
     "torch.flash": (cuda.flash, cuda.flash_backward),
     "torch.efficient": (cuda.efficient, cuda.efficient_backward),
+    "torch.cudnn": (cuda_cudnn.forward, cuda_cudnn.backward),
     "flash_attn.func": (flash.forward, _recompute(flash.forward)),
 }
 
@@ -301,6 +318,8 @@ def test_no_query_is_without_keys_where_a_kernel_cannot_say_what_that_gives(kern
         ("torch.efficient", case(2, 2, 5, 17, causal=True), True),
         ("torch.efficient", case(2, 2, 5, 17, dim=512), True),
         ("torch.flash", case(2, 2, 5, 17, dim=512), False),
+        ("torch.cudnn", case(2, 2, 5, 17, causal=True), False),
+        ("torch.cudnn", case(2, 1, 17, 17, causal=True), False),
         ("torch.flex", case(2, 2, 5, 17, dim=512), False),
         ("torch.flex", case(2, 2, 5, 17, dim=8), False),
     ],
@@ -311,13 +330,14 @@ def test_the_declarations_say_what_each_kernel_cannot_do(
     assert takes(kernel, arguments) is takes_it
 
 
-@pytest.mark.parametrize("kernel", ["torch.flash", "torch.efficient"])
+@pytest.mark.parametrize("kernel", ["torch.flash", "torch.efficient", "torch.cudnn"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_torchs_operators_take_these_arguments_on_a_cuda_device(
     monkeypatch: pytest.MonkeyPatch, kernel: str, causal: bool
 ) -> None:
     """By their fake kernels: schemas, shapes, dtypes. Nothing is computed."""
-    monkeypatch.setattr(cuda, "finished", lambda out, lse, sinks: (out, lse))
+    for module in (cuda, cuda_cudnn):
+        monkeypatch.setattr(module, "finished", lambda out, lse, sinks: (out, lse))
     forward, backward = ADAPTERS[kernel]
     arguments = case(4, 2 if kernel == "torch.flash" else 4, 32, 32, dim=64, causal=causal, offset=0)
     assert takes(kernel, arguments)

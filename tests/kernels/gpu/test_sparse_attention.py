@@ -52,7 +52,7 @@ def small_blocks(fused: bool = True) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(kernels.TABLE, "pick", pick))
-        stack.enter_context(patch.object(triton_call, "INTERPRETED_PROCESSORS", 40))
+        stack.enter_context(patch.object(triton_call, "INTERPRETED_PROCESSORS", 12))
         stack.enter_context(patch.object(triton_gradients, "PAIR_BYTES", 1 << 12))
         yield
 
@@ -104,12 +104,15 @@ def check(device: str, arguments: dict[str, Any], way: str | None = "atomic", th
 
 
 def samples(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The op's samples. All but a few queries of the long one that selects are left out: each is a program."""
+    """The op's samples; of the queries, some at the end: each tile of them is a program, and where entries are
+    selected each query is."""
     found = list(OP.samples(dtype, torch.Generator().manual_seed(0)))
     for call in found:
-        if "indices" in call and call["q"].shape[2] > 20:
-            call["q"], call["indices"] = call["q"][:, :, -5:], call["indices"][:, -5:]
-            call["offset"] = call["kv"].shape[1] - 5
+        most = 5 if call.get("indices") is not None else 12
+        if call["q"].shape[2] > most:
+            call["q"], call["offset"] = call["q"][:, :, -most:], call["kv"].shape[1] - most
+            if "indices" in call:
+                call["indices"] = call["indices"][:, -most:]
     return found
 
 

@@ -43,27 +43,27 @@ def npu_sparse_attn_shared_kv(
     threshold = torch.arange(1, S + 1, device=query.device).unsqueeze(1)
     key = torch.arange(S, device=query.device)
     seen = (key >= (threshold - ori_win_left - 1).clamp(min=0)) & (key < threshold + ori_win_right)
-    seen, keys = seen.expand(B, S, S), ori_kv
+    seen, keys = seen.expand(B, S, S).to(torch.int32), ori_kv  # how often each is seen
     if cmp_kv is not None:
         E = cmp_kv.shape[0]
         demand(cmp_kv.shape == (E, B, D) and cmp_kv.dtype == query.dtype, f"cmp_kv is {list(cmp_kv.shape)}")
         demand(E > 0, "cmp_kv may not be empty")
-        far = (torch.arange(E, device=query.device) < threshold // cmp_ratio).expand(B, S, E)
+        far = (torch.arange(E, device=query.device) < threshold // cmp_ratio).expand(B, S, E).to(torch.int32)
         if cmp_ratio == 4:
-            chosen = _named(cmp_sparse_indices, B, S, E)
-            far = far & chosen if now().causal_again else chosen
+            chosen = _named(cmp_sparse_indices, B, S, E, torch.is_grad_enabled() and query.requires_grad)
+            far = far * chosen if now().causal_again else chosen
         seen, keys = torch.cat([seen, far], dim=-1), torch.cat([ori_kv, cmp_kv])
     keys = keys.transpose(0, 1).to(wide)
     scores = torch.einsum("sbnd,btd->bsnt", query.to(wide), keys) * softmax_scale
-    scores = scores.masked_fill(~seen.unsqueeze(2), float("-inf"))
+    scores = scores + seen.to(wide).log().unsqueeze(2)  # -inf for never; what is gathered twice weighs twice
     scores = torch.cat([scores, sinks.view(1, 1, N, 1).expand(B, S, N, 1)], dim=-1)
     weights = scores.softmax(-1)[..., :-1]
     result = torch.einsum("bsnt,btd->sbnd", weights, keys)
     return result.to(query.dtype).contiguous()
 
 
-def _named(indices: torch.Tensor | None, B: int, S: int, E: int) -> torch.Tensor:
-    """Which entries the indices name: bool [B, S, E]."""
+def _named(indices: torch.Tensor | None, B: int, S: int, E: int, differentiated: bool) -> torch.Tensor:
+    """How often the indices name each entry: int32 [B, S, E]."""
     demand(indices is not None, "a cmp_ratio of 4 needs cmp_sparse_indices")
     assert indices is not None
     demand(indices.dtype == torch.int32 and indices.dim() == 3, f"indices are int32 [B, S, K], not {indices.dtype}")
@@ -72,11 +72,9 @@ def _named(indices: torch.Tensor | None, B: int, S: int, E: int) -> torch.Tensor
     valid = indices >= 0
     if now().minus_one == "ends":
         valid = valid.to(torch.int32).cumprod(-1) > 0
-    slots = torch.where(valid, indices, E).long()
-    counts = torch.zeros(B, S, E + 1, dtype=torch.int32, device=indices.device)
     if not isinstance(indices, FakeTensor):
         demand(bool((indices >= -1).all()) and bool((indices < E).all()), f"an index is not in -1 to {E - 1}")
-    counts = counts.scatter_add(-1, slots, torch.ones_like(slots, dtype=torch.int32))[..., :E]
-    if not isinstance(indices, FakeTensor):
-        demand(bool((counts <= 1).all()), "an entry is named twice")
-    return counts > 0
+        demand(not differentiated or bool((indices >= 0).all()), "the gradient reads out of range at -1")
+    slots = torch.where(valid, indices, E).long()
+    counts = torch.zeros(B, S, E + 1, dtype=torch.int32, device=indices.device)
+    return counts.scatter_add(-1, slots, torch.ones_like(slots, dtype=torch.int32))[..., :E]
