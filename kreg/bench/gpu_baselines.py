@@ -1,13 +1,13 @@
-"""What kernels are measured against: transformers' own code, the same compiled, and FlexAttention where it can say it.
+"""What kernels are measured against: code as transformers writes it, that compiled, and FlexAttention where it can say it.
 
-Each makes a call that does a case's work once. `Skip` says why one is not made.
+The eager forms do what transformers 5.23's modelling code does, step by step: keys and values repeated for every head,
+scores as a tensor of their own, the mask added, the sink one more column, weights in the dtype of the queries. A test
+holds them against that code. Each makes a call that does a case's work once; `Skip` says why one is not made.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from kreg.bench.gpu_cases import Case
 
 Call = Callable[[], object]
 Forward = Callable[[], torch.Tensor]
-MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 
 
 class Skip(Exception):
@@ -27,12 +26,8 @@ def eager(case: Case, given: dict[str, Any], compiled: bool = False) -> Forward:
     """The forward as transformers writes it, masks and all, from the op's arguments.
 
     Raises:
-        Skip: transformers is not here, or its scores would not fit into memory.
+        Skip: its scores would not fit into memory.
     """
-    try:
-        modeling = importlib.import_module(MODELING)
-    except ImportError as error:
-        raise Skip(f"transformers' code is not here: {error}") from None
     wide = case.sizes.index_heads if case.op == "lightning_indexer" else case.sizes.heads
     keys = case.entries if case.op == "lightning_indexer" else given["kv"].shape[1] + case.entries
     copies = 3 if case.op == "lightning_indexer" else 4
@@ -41,39 +36,41 @@ def eager(case: Case, given: dict[str, Any], compiled: bool = False) -> Forward:
     repeated = 0 if case.op == "lightning_indexer" else 2 * case.batch * wide * keys * case.sizes.head_dim * element
     _fits(scores + repeated, given["q"].device)  # keys and values are repeated for each head
     if case.op == "lightning_indexer":
-        return _eager_indexer(modeling, case, given, compiled)
-    return _eager_attention(modeling, case, given, compiled)
+        return _eager_indexer(case, given, compiled)
+    return _eager_attention(case, given, compiled)
 
 
-def _eager_attention(modeling: Any, case: Case, given: dict[str, Any], compiled: bool) -> Forward:
+def _eager_attention(case: Case, given: dict[str, Any], compiled: bool) -> Forward:
     keys, mask = keys_and_mask(case, given)
     additive = torch.zeros(mask.shape, dtype=given["q"].dtype, device=mask.device)
     additive.masked_fill_(~mask, torch.finfo(additive.dtype).min)
-    module = SimpleNamespace(num_key_value_groups=case.sizes.heads, sinks=given["sinks"], training=False)
+    heads, scale = case.sizes.heads, given["scale"]
 
-    def attend(q: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = modeling.eager_attention_forward(
-            module, q, kv[:, None], kv[:, None], bias[:, None], given["scale"]
-        )[0]
-        return out
+    def attend(q: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        repeated = kv[:, None].expand(-1, heads, -1, -1).clone()
+        scores = q @ repeated.transpose(2, 3) * scale + bias[:, None]
+        sink = sinks.view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+        values = kv[:, None].expand(-1, heads, -1, -1).clone()
+        return (weights @ values).transpose(1, 2).contiguous()
 
     run = fresh(attend) if compiled else attend
-    return lambda: run(given["q"], keys(), additive)
+    return lambda: run(given["q"], keys(), additive, given["sinks"])
 
 
-def _eager_indexer(modeling: Any, case: Case, given: dict[str, Any], compiled: bool) -> Forward:
-    s = case.sizes
-    config = SimpleNamespace(index_head_dim=s.index_dim, index_n_heads=s.index_heads, hidden_size=1)
-    scorer = modeling.DeepseekV4IndexerScorer(config)
-    scorer.weights_proj = torch.nn.Identity()  # the weights are given
+def _eager_indexer(case: Case, given: dict[str, Any], compiled: bool) -> Forward:
     position = torch.arange(case.queries, device=given["q"].device) + given["offset"]
-    threshold = (position + 1) // case.ratio
+    threshold = ((position + 1) // case.ratio)[:, None]
+    scale = given["scale"]
 
     def pick(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        scores = scorer(q, k, weights)
+        by_head = torch.relu(q.float() @ k.float().transpose(-1, -2).unsqueeze(1)) * scale
+        scores = (by_head * weights.float().unsqueeze(-1)).sum(dim=2)
         entry = torch.arange(scores.shape[-1], device=scores.device)
-        best = scores.masked_fill(entry >= threshold[:, None], float("-inf")).topk(case.selected, dim=-1).indices
-        return torch.where(best >= threshold[:, None], -1, best)
+        best = scores.masked_fill(entry >= threshold, float("-inf")).topk(case.selected, dim=-1).indices
+        return torch.where(best >= threshold, -1, best)
 
     run = fresh(pick) if compiled else pick
     return lambda: run(given["q"], given["k"], given["weights"])

@@ -15,8 +15,8 @@ import torch
 
 from kreg.kernels.gpu import Launch, Table, Target, record
 from kreg.kernels.lightning_indexer.triton_gradient import gradients
+from kreg.kernels.lightning_indexer.triton_picks import enumerated, parts_of, selected
 from kreg.kernels.lightning_indexer.triton_scores import Packed, scores_into
-from kreg.kernels.lightning_indexer.triton_select import enumerated, parts_of, selected
 
 WORKSPACE = 128 << 20
 """Bytes of scores, candidates, or parts of a gradient that are held at once, where one row takes no more."""

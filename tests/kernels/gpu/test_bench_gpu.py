@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,6 @@ def test_the_work_of_the_real_size_is_what_one_counts_by_hand() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 @pytest.mark.parametrize("baseline", ["eager", "flex"])
 def test_a_baseline_does_the_work_of_the_op(baseline: str, case: Case) -> None:
-    pytest.importorskip("transformers")
     given = arguments(case, torch.float32, "cpu")
     op = catalogue().op(case.op)
     want = op.reference(**given)
@@ -89,6 +89,29 @@ def test_a_baseline_does_the_work_of_the_op(baseline: str, case: Case) -> None:
     made = gpu_baselines.flex(case, given) if baseline == "flex" else gpu_baselines.eager(case, given)
     with torch.no_grad():
         torch.testing.assert_close(made(), want[0].transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_the_eager_forms_are_those_of_transformers() -> None:
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    case = Case("sparse_attention", "selected", "forward", 2, 37, TINY)
+    given = arguments(case, torch.float32, "cpu")
+    keys, mask = gpu_baselines.keys_and_mask(case, given)
+    module = SimpleNamespace(num_key_value_groups=TINY.heads, sinks=given["sinks"], training=False)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None]
+    kv = keys()[:, None]
+    want, _ = modeling.eager_attention_forward(module, given["q"], kv, kv, bias, given["scale"])
+    torch.testing.assert_close(gpu_baselines.eager(case, given)(), want)
+
+    config = SimpleNamespace(index_head_dim=TINY.index_dim, index_n_heads=TINY.index_heads, hidden_size=1)
+    scorer = modeling.DeepseekV4IndexerScorer(config)
+    scorer.weights_proj = torch.nn.Identity()
+    case = Case("lightning_indexer", "selected", "forward", 2, 37, TINY)
+    given = arguments(case, torch.float32, "cpu")
+    scores = scorer(given["q"], given["k"], given["weights"] / scorer.weights_scaling)
+    kept = ready(37, case.entries, ratio=4, offset=0, device=torch.device("cpu"))
+    best = scores.masked_fill(~kept, float("-inf")).topk(case.selected, dim=-1)
+    want = best.indices.masked_fill(best.values.isneginf(), -1)
+    assert torch.equal(gpu_baselines.eager(case, given)(), want)
 
 
 SOME = [case for case in cases(TINY, (24,), (40,)) if case.batch == 1 and case.layer == "selected"]
