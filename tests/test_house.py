@@ -74,7 +74,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_kernels_are_reached_by_their_entries_only(path: Path) -> None:
     if name_of(path).startswith("kreg.kernels"):
-        allowed = ("kreg.kernels.", "kreg.registry.")
+        allowed = ("kreg.kernels.", "kreg.registry.", "kreg.errors")
         for module in imports(path):
             assert not module.startswith("kreg.") or module.startswith(allowed), f"{path} imports {module}"
     else:
@@ -114,8 +114,10 @@ def test_every_public_name_is_explained() -> None:
 
 
 def test_importing_kreg_imports_no_model_library_and_no_device_library() -> None:
-    heavy = ("transformers", "triton", "torch_npu", "mindspeed", "kreg.cli", "rich", "jinja2")
-    code = f"import sys, kreg; print(*[m for m in {heavy!r} if m in sys.modules])"
+    heavy = ("transformers", "triton", "torch_npu", "mindspeed", "kreg.cli", "kreg.kernels.gpu", "rich", "jinja2")
+    # PyTorch's Dynamo imports triton where it is installed.
+    code = "import sys, torch._dynamo; own = set(sys.modules); import kreg; new = set(sys.modules) - own; "
+    code += f"print(*[m for m in {heavy!r} if m in new])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -130,6 +132,6 @@ def test_the_entries_of_kernels_for_the_cpu_can_be_called(spec: kreg.KernelSpec)
 def test_every_folder_of_kernels_is_named_after_an_op() -> None:
     catalogue = Catalogue.builtin(packages=False)
     folders = {p.name for p in (ROOT / "kreg" / "kernels").iterdir() if (p / "__init__.py").is_file()}
-    assert folders <= set(catalogue.ops)
+    assert folders - {"gpu"} <= set(catalogue.ops)  # what those for GPUs share
     for spec in catalogue.specs.values():
         assert catalogue.where(spec.name).startswith(f"kreg/kernels/{spec.op}/")

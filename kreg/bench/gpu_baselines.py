@@ -1,4 +1,4 @@
-"""What kernels are measured against: code as transformers writes it, that compiled, and FlexAttention where it can say it.
+"""What kernels are measured against: code as transformers writes it, the same compiled, and FlexAttention.
 
 The eager forms do what transformers 5.23's modelling code does, step by step: keys and values repeated for every head,
 scores as a tensor of their own, the mask added, the sink one more column, weights in the dtype of the queries. A test

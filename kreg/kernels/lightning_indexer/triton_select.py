@@ -1,7 +1,7 @@
 """The best entries of each query in Triton: exact, and the same whatever the tiles.
 
 Scores become integers of the same order, and a binary search in registers finds the largest threshold that as many
-scores as wanted reach: 32 counts at most, about half as many where scores are spread. What passes is written in the
+scores as wanted reach: 32 counts at most, none more once exactly as many do. What passes is written in the
 order of the entries; of scores equal to the threshold those of the lowest entries. A row longer than a program can
 hold is cut: each part gives its own best, and the best of those are selected in turn. Parts and what they give stay
 in the order of the entries, so a tie is broken in the same way.

@@ -63,7 +63,8 @@ def reference(
             sees keys t with ``s + offset - window < t <= s + offset``.
         compressed: [batch, entries, head_dim], further keys and values, each standing for ``ratio`` positions.
         indices: int32 or int64 [batch, queries, selected]: the entries a query sees, distinct, in any order;
-            negative ones select nothing. None: every entry that is `ready`.
+            negative ones select nothing. Where ``ratio`` is given, each is `ready`: a kernel may hold them to that
+            again. None: every entry that is `ready`.
         sinks: [heads]: one more logit in the denominator.
         padding: bool [batch, keys], True where a key of ``kv`` is kept.
         scale: factor on the scores.
@@ -112,11 +113,14 @@ def fake(q: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]
 def random_indices(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, arguments: Arguments
 ) -> torch.Tensor:
-    """Distinct entries per query, about a fifth of them replaced by -1."""
+    """Distinct entries per query, ready ones where there is a ratio; about a fifth of them replaced by -1."""
     batch, queries, selected = shape
-    entries = arguments["compressed"].shape[1]
+    entries, ratio = arguments["compressed"].shape[1], int(arguments.get("ratio") or 0)
     order = torch.rand(batch, queries, max(entries, selected), generator=generator).argsort(-1)[..., :selected]
     dropped = (torch.rand(shape, generator=generator) < 0.2) | (order >= entries)
+    if ratio:
+        position = torch.arange(queries).unsqueeze(1) + int(arguments.get("offset", 0))
+        dropped |= (order + 1) * ratio > position + 1
     return torch.where(dropped, -1, order).to(dtype)
 
 
@@ -143,10 +147,10 @@ def samples(dtype: torch.dtype, generator: torch.Generator) -> Iterator[dict[str
     yield call(2, 2, 5, 16, compressed=make(2, 0, 16), ratio=8)
     for selected in (3, 9):
         compressed = make(2, 9, 16)
-        indices = random_indices((2, 37, selected), torch.int64, generator, {"compressed": compressed})
+        indices = random_indices((2, 37, selected), torch.int64, generator, {"compressed": compressed, "ratio": 4})
         yield call(2, 4, 37, 16, compressed=compressed, indices=indices, ratio=4)
     compressed = make(2, 40, 16)
-    indices = random_indices((2, 160, 12), torch.int32, generator, {"compressed": compressed})
+    indices = random_indices((2, 160, 12), torch.int32, generator, {"compressed": compressed, "ratio": 4})
     yield call(2, 4, 160, 16, compressed=compressed, indices=indices, ratio=4, window=33)
     yield call(1, 2, 6, 16, compressed=make(1, 3, 16), indices=torch.full((1, 6, 2), -1), ratio=2)
     yield call(1, 2, 6, 16, compressed=make(1, 0, 16), indices=torch.empty(1, 6, 0, dtype=torch.int64), ratio=8)

@@ -68,7 +68,7 @@ def find(context: Context, anchor: Node) -> Site:
         if seen.rest or seen.padding or seen.causal or seen.window or seen.chunk or seen.prefix or seen.documents:
             raise Refused("the mask over the compressed entries is neither causal by block nor a selection", anchor)
         if seen.selected is not None:
-            operands["indices"], attributes["ratio"] = _selection(context, found, seen)
+            operands["indices"], attributes["ratio"] = _selection(context, found, seen, local.offset)
             kind, facts["selected"] = "sliding+top-k", "lightning_indexer"
         elif seen.ratio:
             if seen.offset != local.offset:
@@ -131,8 +131,8 @@ def _is_piece(node: Node, rank: int, place: int) -> bool:
     return len(shape) == rank and shape[place] != 0
 
 
-def _selection(context: Context, found: Attention, seen: masks.Structure) -> tuple[Operand, int]:
-    """The selected entries, proven distinct by the op that made them."""
+def _selection(context: Context, found: Attention, seen: masks.Structure, offset: n.Sized) -> tuple[Operand, int]:
+    """The selected entries, proven distinct and ready by the op that made them."""
     selected = seen.selected
     assert selected is not None
     producer = context.producers.get(selected.node)
@@ -143,6 +143,8 @@ def _selection(context: Context, found: Attention, seen: masks.Structure) -> tup
         raise Refused("picks that are not ready are not marked by -1", selected.node)
     if seen.ratio and (seen.ratio, seen.offset) != (by["ratio"], by["offset"]):
         raise Refused("entries are selected by another block ratio than they are masked by", selected.node)
+    if by["offset"] != offset:
+        raise Refused("window and selected entries disagree about where the queries stand", selected.node)
     place = selected.index[-1]
     assert isinstance(place, n.Var)
     want = (found.roles.batch, found.roles.query, (place,))
