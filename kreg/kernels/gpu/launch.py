@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from kreg.kernels.gpu.tables import Config
 from kreg.kernels.gpu.targets import Target, assume
@@ -51,7 +54,14 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
         return
     programs = grid(config.meta) if callable(grid) else grid
     if all(programs):
-        kernel[programs](**arguments, **config.options)
+        with _device_of(arguments):
+            kernel[programs](**arguments, **config.options)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which is not that of the tensors in a model on several."""
+    device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), None)
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext()
 
 
 def record(target: Target | str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Launch]:
