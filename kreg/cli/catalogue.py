@@ -46,7 +46,9 @@ def reasons_of(spec: KernelSpec, device: str | None = None) -> list[str]:
 
 def list_kernels(
     op: Annotated[str | None, typer.Option("--op", help="Kernels of one op only.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Kernels for one device only, and what they ask for.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Kernels for one device only, and what they ask for.")
+    ] = None,
     available: Annotated[
         bool | None,
         typer.Option(
