@@ -1,7 +1,12 @@
-"""What all tests share: ``tests.models`` importable from anywhere, one thread for inputs this small."""
+"""What all tests share: ``tests.models`` importable from anywhere, one thread for inputs this small.
+
+Triton interprets its kernels where there is no GPU. It decides so when it is imported, which Dynamo does: so it is told
+here, before any test module is.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +15,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

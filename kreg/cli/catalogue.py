@@ -16,6 +16,7 @@ from kreg.cli.output import BadInput, running
 from kreg.errors import SelectionError
 from kreg.registry.catalogue import Catalogue, catalogue
 from kreg.registry.environment import Environment, availability
+from kreg.registry.ops.to_come import OPS_TO_COME
 from kreg.registry.spec import KernelSpec
 from kreg.registry.wording import listing
 from kreg.rewriters.report.table import GAP, SPARE
@@ -63,11 +64,11 @@ def list_kernels(
     with running(json) as output:
         known = catalogue()
         if op is not None:
-            known.op(op)
+            known.summary(op)
         kind = None if device is None else Environment.detect(device).device
         rows = [
             (spec, reasons)
-            for name in known.ops
+            for name in (*known.ops, *OPS_TO_COME)
             if op in (None, name)
             for spec in known.kernels_for(name)
             if kind is None or kind in spec.devices
@@ -91,7 +92,7 @@ def show(
         try:
             spec = known.kernel(kernel)
         except SelectionError as error:
-            if kernel in known.ops:
+            if kernel in known.ops or kernel in OPS_TO_COME:
                 raise BadInput(
                     f"{kernel!r} is an op, not a kernel: kreg list --op {kernel} lists its kernels"
                 ) from None
@@ -120,7 +121,8 @@ def _listed(
     wide = width >= WIDE
     numbers = {reason: i for i, reason in enumerate(dict.fromkeys(r for _, why in rows for r in why), start=1)}
     for op in dict.fromkeys(spec.op for spec, _ in rows):
-        yield Text.assemble((op, "bold cyan"), "  ", (known.op(op).summary, "dim"))
+        to_come = "  op to come" if op in OPS_TO_COME else ""
+        yield Text.assemble((op, "bold cyan"), (to_come, "dim"), "  ", (known.summary(op), "dim"))
         chosen = [(spec, [numbers[reason] for reason in why]) for spec, why in rows if spec.op == op]
         yield Padding(_table(known, chosen, wide), (0, 0, 0, 2))
         for spec, _ in chosen:
@@ -168,9 +170,13 @@ def _asks(specs: list[KernelSpec]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for spec in specs:
-        conditions = Text("; ".join(spec.constraints) or "any sizes", style="dim")
+        conditions = Text("; ".join(spec.constraints) or _without_constraints(spec, "any sizes"), style="dim")
         table.add_row(spec.name, Text.assemble(listing(spec.architectures, "any architecture"), ": ", conditions))
     return table
+
+
+def _without_constraints(spec: KernelSpec, otherwise: str) -> str:
+    return "not declared: no contract names its sizes yet" if spec.op in OPS_TO_COME else otherwise
 
 
 def _legend(numbers: dict[str, int], rows: list[tuple[KernelSpec, list[str]]]) -> Table:
@@ -196,12 +202,12 @@ def _shown(known: Catalogue, spec: KernelSpec, reasons: list[str]) -> Iterator[R
     yield Text.assemble((spec.name, "bold green"), "  ", spec.summary)
     cost = f"{spec.cost.efficiency:.0%} of the device's peak, {spec.cost.overhead_us:g} us a call"
     facts: list[tuple[str, RenderableType]] = [
-        ("op", Group(Text(spec.op, style="cyan"), Text(known.op(spec.op).summary, style="dim"))),
+        ("op", Group(Text(spec.op, style="cyan"), Text(known.summary(spec.op), style="dim"))),
         ("provider", spec.provider),
         ("devices", listing(spec.devices)),
         ("architectures", listing(spec.architectures, "any")),
         ("dtypes", listing(spec.dtypes)),
-        ("constraints", Text("\n".join(spec.constraints) or "none")),
+        ("constraints", Text("\n".join(spec.constraints) or _without_constraints(spec, "none"))),
         ("trains", "yes" if spec.trains else "no"),
         ("deterministic", "yes" if spec.deterministic else "no"),
         ("requires", Text("\n".join(spec.requires) or "nothing")),

@@ -19,6 +19,7 @@ from kreg.cli.options import Json
 from kreg.cli.output import running
 from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment, InstalledPackages, absence, availability
+from kreg.registry.ops.to_come import OPS_TO_COME
 from kreg.version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "torch_npu", "mindspeed", "kernels")
@@ -77,7 +78,7 @@ def doctor(json: Json = False) -> None:
 
 def devices_here() -> list[DeviceFacts]:
     """The devices that some kernel is made for, and those that are here besides."""
-    specs = list(catalogue().specs.values())
+    specs = [spec for spec in catalogue().specs.values() if spec.op not in OPS_TO_COME]
     present = [k for k in ("cpu", "cuda", "npu", "xpu", "mps") if Environment.detect(k).present]
     found = []
     for kind in dict.fromkeys([*present, *sorted({d for spec in specs for d in spec.devices})]):
@@ -101,6 +102,8 @@ def missing() -> list[Missing]:
     """Packages that kernels require and that are not here, or in another version; and kreg's own extras."""
     wanted: dict[tuple[str, str], list[str]] = {}
     for spec in catalogue().specs.values():
+        if spec.op in OPS_TO_COME:  # no package would bring it
+            continue
         # Where the device is assumed, only packages are left to be missing.
         for reason in availability(spec, Environment(spec.devices[0], assumed=True)):
             sentence, _, package = reason.partition(": pip install ")

@@ -16,6 +16,7 @@ from kreg.registry.contents import Contents, hint_of, largest_sound
 from kreg.registry.library import define
 from kreg.registry.op import Op
 from kreg.registry.ops import BUILTIN_OPS
+from kreg.registry.ops.to_come import OPS_TO_COME
 from kreg.registry.sources import ENTRY_POINTS, Item, Source, contributed, items_of
 from kreg.registry.spec import KernelSpec
 
@@ -48,7 +49,7 @@ class Catalogue:
                 for file in sorted(folder.iterdir(), key=lambda f: f.name):
                     if file.name.endswith(".yaml"):
                         where = f"kreg/kernels/{folder.name}/{file.name}"
-                        contents = contents.plus(items_of(file, where), where)
+                        contents = contents.plus(items_of(file, where), where, OPS_TO_COME)
         built._contents = contents.checked()
         if packages:
             built.load_packages()
@@ -74,6 +75,14 @@ class Catalogue:
         if name not in ops:
             raise SelectionError(f"no op is called {name!r}{hint_of(name, ops)}")
         return ops[name]
+
+    def summary(self, op: str) -> str:
+        """The summary of an op, or of one to come.
+
+        Raises:
+            SelectionError: there is neither.
+        """
+        return OPS_TO_COME[op] if op in OPS_TO_COME else self.op(op).summary
 
     def kernel(self, name: str) -> KernelSpec:
         """The spec of a kernel's name.

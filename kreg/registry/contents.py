@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from kreg.errors import SpecError
 from kreg.registry.constraints import Constraint
 from kreg.registry.library import facts_names
 from kreg.registry.op import Op
+from kreg.registry.ops.to_come import OPS_TO_COME
 from kreg.registry.sources import Item
 from kreg.registry.spec import KernelSpec
 from kreg.registry.wording import did_you_mean, listing
@@ -22,11 +23,14 @@ class Contents:
     specs: Mapping[str, KernelSpec] = field(default_factory=dict)
     where: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
-    def plus(self, items: Iterable[Item], where: str) -> Contents:
-        """With further items, ops first. Exclusions are not checked yet: they may name what comes later."""
+    def plus(self, items: Iterable[Item], where: str, to_come: Collection[str] = ()) -> Contents:
+        """With further items, ops first; their specs may be of ops ``to_come``, which have no contract yet.
+
+        Exclusions are not checked yet: they may name what comes later.
+        """
         contents = self
         for item in sorted(items, key=lambda item: isinstance(item, KernelSpec)):
-            contents = contents._with_op(item, where) if isinstance(item, Op) else contents._with(item, where)
+            contents = contents._with_op(item, where) if isinstance(item, Op) else contents._with(item, where, to_come)
         return contents
 
     def _with_op(self, op: Op, where: str) -> Contents:
@@ -34,14 +38,16 @@ class Contents:
             return self
         self._check_free("op", op.name, where)
         check_op(op, where)
+        if op.name in OPS_TO_COME:  # else kernels that are declared for kreg's own would be called as this one's
+            raise SpecError(f"{where}: op {op.name!r}: kreg has kept this name for an op to come: give it another")
         return replace(self, ops={**self.ops, op.name: op}, where={**self.where, ("op", op.name): where})
 
-    def _with(self, spec: KernelSpec, where: str) -> Contents:
+    def _with(self, spec: KernelSpec, where: str, to_come: Collection[str]) -> Contents:
         self._check_free("kernel", spec.name, where)
-        if spec.op not in self.ops:
-            hint = hint_of(spec.op, self.ops)
+        if spec.op not in self.ops and spec.op not in to_come:
+            hint = hint_of(spec.op, {*self.ops, *to_come})
             raise SpecError(f"{where}: kernel {spec.name!r}: field 'op' is {spec.op!r}, not a registered op{hint}")
-        names = facts_names(self.ops[spec.op])
+        names = facts_names(self.ops[spec.op]) if spec.op in self.ops else ()
         for number, text in enumerate(spec.constraints):
             try:
                 Constraint.parse(text, names)

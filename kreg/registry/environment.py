@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from kreg.errors import SelectionError
+from kreg.registry.ops.to_come import no_contract
 from kreg.registry.spec import KernelSpec, device_hint, known_device
 from kreg.registry.wording import listing
 
@@ -140,6 +141,9 @@ def availability(spec: KernelSpec, environment: Environment) -> list[str]:
     reasons = []
     if environment.device not in spec.devices:
         return [f"it runs on {listing(spec.devices)}, not on {environment.device}"]
+    never = no_contract(spec.op)
+    if never:  # whatever else is missing, no command does away with this
+        return [never]
     if not environment.present:
         reasons.append(absence(environment))
     elif not _architecture_fits(spec.architectures, environment):

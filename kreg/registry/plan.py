@@ -14,6 +14,7 @@ from kreg.registry.catalogue import Catalogue
 from kreg.registry.constraints import Constraint, SymbolicSize, Value, Verdict
 from kreg.registry.environment import Environment, availability
 from kreg.registry.library import facts_names
+from kreg.registry.ops.to_come import no_contract
 from kreg.registry.selection import selected
 from kreg.registry.spec import Cost, KernelSpec
 from kreg.registry.wording import listing
@@ -182,16 +183,14 @@ def _preferring(options: Options, enabled: set[str]) -> Options:
     return options.without({name: reason for name in options.candidates if name not in enabled})
 
 
-def _unused(
-    wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue
-) -> dict[str, str]:
+def _unused(wanted: tuple[str, ...], usable: set[str], options: list[Options], catalogue: Catalogue) -> dict[str, str]:
     found = {}
     for name in wanted:
         if name in usable:
             continue
         op = catalogue.kernel(name).op
         reasons = {r.reason for o in options for r in o.rejected if r.kernel == name}
-        found[name] = "; ".join(sorted(reasons)) or f"no site computes {op}"
+        found[name] = "; ".join(sorted(reasons)) or no_contract(op) or f"no site computes {op}"
     return found
 
 

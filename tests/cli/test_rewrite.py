@@ -26,6 +26,7 @@ KEYS = {
     "seconds",
     "calls",
     "dry_run",
+    "unused",
 }
 
 
@@ -110,7 +111,8 @@ def test_a_plain_program_is_raised(kreg: Kreg, tmp_path: Path) -> None:
 
 def test_a_dry_run_plans_for_a_device_that_is_not_here(kreg: Kreg) -> None:
     ended = kreg("rewrite", "toys:attention", "--dry-run", "--device", "npu", "--json")
-    assert ended.code == 3 and ended.json["dry_run"] and ended.json["device"] == "npu"
+    assert ended.code == 0 and ended.json["dry_run"] and ended.json["device"] == "npu"
+    assert {site["kernel"] for site in ended.json["sites"]} == {"torch_npu.fusion_attention"}
     here = kreg("rewrite", "toys:attention", "--dry-run")
     assert here.code == 0 and "would be replaced" in here.out
 
@@ -123,7 +125,7 @@ def test_exit_3_where_nothing_is_found(kreg: Kreg, toy: str) -> None:
 
 def test_exit_3_where_the_device_has_no_usable_kernel(kreg: Kreg) -> None:
     ended = kreg("rewrite", "toys:attention", "--device", "npu")
-    assert ended.code == 3 and "0 of 2 sites replaced" in ended.out and "not on npu" in ended.words
+    assert ended.code == 3 and "0 of 2 sites replaced" in ended.out and "there is no npu device here" in ended.words
 
 
 def test_exit_4_where_the_model_cannot_be_captured(kreg: Kreg) -> None:

@@ -78,12 +78,20 @@ def check_calls(calls: Calls, report: Report) -> None:
     names = [(site.kernel or "", site.trainable) for site in report.sites]
     assert calls.of("forward") == Counter(name for name, _ in names)
     assert calls.of("backward") == Counter(name for name, trains in names if trains)
+    check_operators(calls)
+
+
+def check_operators(calls: Calls) -> None:
+    """torch_npu's operators ran as often as the kernels that call them."""
     for direction, suffix in (("forward", ""), ("backward", "_grad")):
         wanted: Counter[str] = Counter()
         for kernel, count in calls.of(direction).items():
             if kernel in OPERATORS:
                 wanted[OPERATORS[kernel] + suffix] += count
         assert wanted == {name: calls.operators[name] for name in wanted}
+    products, gradients = (calls.of(way)["torch_npu.grouped_matmul"] for way in ("forward", "backward"))
+    assert calls.operators["npu_grouped_matmul"] == products + gradients  # the rows' gradient is one more
+    assert calls.operators["npu_grouped_matmul_add"] == gradients
 
 
 def check_plans(name: str, length: int, wanted: dict[str, Any], mode: FakeTensorMode, subtests: Any) -> None:

@@ -216,9 +216,9 @@ def test_only_the_first_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     verify = pipeline.verification.verify
 
-    def counted(module: Any, site: Site, *rest: Any) -> Any:
+    def counted(module: Any, site: Site, *rest: Any, **options: Any) -> Any:
         ran.append(site.id)
-        return verify(module, site, *rest)
+        return verify(module, site, *rest, **options)
 
     monkeypatch.setattr(pipeline.verification, "verify", counted)
     report = pipeline.rewrite_graph(

@@ -157,9 +157,13 @@ def efficient_backward(
 
 
 def sides(causal: bool, window: int) -> tuple[int | None, int | None]:
-    """How many keys a query sees before and after its own; None: all."""
+    """How many keys a query sees before and after its own; None: all that the causal mask leaves.
+
+    Without a window both are None, causal or not: only then does FlashAttention take the heads that share a key for
+    rows of one product where there is one query.
+    """
     if not window:
-        return None, 0 if causal else None
+        return None, None
     return window - 1, 0 if causal else window - 1
 
 

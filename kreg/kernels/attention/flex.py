@@ -171,6 +171,8 @@ def blocks(
 ) -> BlockMask:
     """All masks as one `BlockMask`; kept from call to call where it is by position only."""
     if mask is None and padding is None and documents is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _by_position.__wrapped__(at, device)  # a graph's own memory, which only its replay fills
         return _by_position(at, device)
     of_queries = None if documents is None else documents_of_queries(documents, at.queries, at.offset)
     keeps = mask_mod(at, device, mask, padding, of_queries, documents)
@@ -187,7 +189,8 @@ def blocks(
 
 @lru_cache(maxsize=32)
 def _by_position(at: Positions, device: torch.device) -> BlockMask:
-    return block_mask(at, mask_mod(at, device), device=device)
+    with torch.inference_mode(False):  # it may serve a training step later, which cannot save inference tensors
+        return block_mask(at, mask_mod(at, device), device=device)
 
 
 def mask_mod(

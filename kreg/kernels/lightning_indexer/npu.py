@@ -67,8 +67,8 @@ def backward(
     dq, dk, dweights = operators().npu_lightning_indexer_grad(
         q.contiguous(),
         k.unsqueeze(2).contiguous(),
-        (grad * abs(scale)).masked_fill(absent, 0.0).to(q.dtype),
-        indices.masked_fill(absent, 0).to(torch.int32),
+        (grad * abs(scale)).masked_fill(absent, 0.0).to(q.dtype).contiguous(),
+        indices.masked_fill(absent, 0).to(torch.int32).contiguous(),
         weighted(weights, scale, q.dtype),
         layout="BSND",
         sparse_mode=3 if ratio else 0,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kreg.kernels.gpu import Table, current_target, launch
-from kreg.kernels.lightning_indexer.triton_scores import dot, heads_of, weights_of
+from kreg.kernels.lightning_indexer.triton_scores import dot, heads_of, weights_of, within_32_bits
 
 
 @triton.jit
@@ -162,6 +162,7 @@ def gradients(
     """
     (batch, rows, heads, dim), topk = q.shape, indices.shape[2]
     target, block_d = current_target(q.device), max(16, triton.next_power_of_2(dim))
+    q, weights, k = within_32_bits(q, 2), within_32_bits(weights, 2), within_32_bits(k, 2)
     facts = {"bytes": q.element_size(), "index_dim": dim}
     indices, best, grads = indices.contiguous(), best.contiguous(), grads.contiguous()
     if "q" in wanted or "weights" in wanted:

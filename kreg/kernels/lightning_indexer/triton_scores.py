@@ -23,6 +23,9 @@ PROGRAMS_PER_PROCESSOR = 8
 """With fewer tiles of queries than this, keys are split between programs too: two or three programs run at once on a
 multiprocessor, and the last of several turns is what may find nothing to do."""
 
+CHANGING = ("entries", "first_position")
+"""Arguments of no use to a compiler: not specialised, so that a growing cache compiles little anew."""
+
 PROCESSORS = 132
 """Multiprocessors of a device that cannot be asked."""
 
@@ -47,6 +50,12 @@ class Packed:
         """Some of the queries."""
         requests = None if self.requests is None else self.requests[start:stop]
         return Packed(self.positions[start:stop], requests, self.lengths, self.table)
+
+
+def within_32_bits(x: torch.Tensor, first: int) -> torch.Tensor:
+    """``x``, copied where an offset along its dimensions from ``first`` on does not fit the kernels' 32 bits."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape[first:], x.stride()[first:], strict=True))
+    return x if reach < 1 << 31 else x.contiguous()
 
 
 @triton.jit
@@ -107,7 +116,7 @@ def weighted_sum(keys, queries, weight, BLOCK_T: tl.constexpr, BLOCK_Q: tl.const
     return tl.sum(tl.reshape(products, (BLOCK_T, BLOCK_Q, BLOCK_H)), axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def scores_kernel(
     out,
     q,
@@ -224,6 +233,7 @@ def scores_into(
         packed: the requests of the rows; batch is 1.
     """
     batch, rows, heads, dim = q.shape
+    q, weights, k = within_32_bits(q, 2), within_32_bits(weights, 2), within_32_bits(k, 2)
     padded = triton.next_power_of_2(heads)
     # One query for each request, as in decoding: a tile of several would score every key for all of its queries.
     requests = packed is not None and packed.requests is not None
@@ -269,7 +279,7 @@ def scores_into(
         heads=heads,
         dim=dim,
         entries=entries,
-        page=k.shape[1],
+        page=0 if packed is None or packed.table is None else k.shape[1],
         first_position=first_position,
         span=span,
         unscored=unscored,

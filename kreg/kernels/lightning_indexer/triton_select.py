@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kreg.kernels.lightning_indexer.triton_scores import ready_count, request_of
+from kreg.kernels.lightning_indexer.triton_scores import CHANGING, ready_count, request_of
 
 ABSENT = tl.constexpr(-(1 << 31))
 """The key of no candidate, below that of any score."""
@@ -93,7 +93,7 @@ def write_slots(
         tl.store(values + at_values[:, None] + empty, float("-inf"), mask=left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def select_kernel(
     scores,
     indices,
@@ -209,7 +209,7 @@ def merge_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def enumerate_kernel(
     indices,
     padding,

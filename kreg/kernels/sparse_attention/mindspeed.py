@@ -56,7 +56,7 @@ def valid_first(indices: torch.Tensor) -> torch.Tensor:
     if slots is None:
         raise ValueError(f"npu_sparse_attn_shared_kv: {selected} indices a query; it takes up to {SLOTS[-1]}")
     ordered = indices.clamp(min=-1).to(torch.int32).sort(dim=-1, descending=True).values
-    return F.pad(ordered, (0, slots - selected), value=-1)
+    return F.pad(ordered, (0, slots - selected), value=-1).contiguous()
 
 
 def called(
@@ -77,7 +77,7 @@ def called(
         kv.transpose(0, 1),
         None if compressed is None else compressed.transpose(0, 1),
         indices,
-        sinks.to(accumulation_dtype(q.dtype)),
+        sinks.to(accumulation_dtype(q.dtype)).contiguous(),
         scale,
         ratio or 1,
         ori_mask_mode=4,
@@ -85,6 +85,8 @@ def called(
         ori_win_left=window - 1,
         ori_win_right=0,
     )
+    if out.requires_grad:  # what its gradient's kernel takes of strides is not documented
+        out.register_hook(torch.Tensor.contiguous)
     return packed(out.transpose(0, 1)).transpose(1, 2)
 
 

@@ -1,14 +1,9 @@
-"""Triton interprets its kernels where there is no GPU; that is decided before a kernel's module is imported."""
+"""Where the tests of GPU kernels run. That Triton interprets where there is no GPU is said in ``tests/conftest.py``."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_another_offset_prefix_or_window_is_not_another_compilation() -> None:
     for offset, window in ((3, 4), (8, 6), (12, 5)):
         flex.forward(**case(2, 2, 4, 16, causal=True, offset=offset, window=window))
     assert counted["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("traced_flex")
+def test_blocks_that_were_made_without_gradients_serve_a_training_step() -> None:
+    arguments = case(2, 2, 43, 43, causal=True)
+    with torch.inference_mode():
+        flex.forward(**arguments)
+    check(arguments, flex.forward, flex.backward)
+
+
+def test_blocks_made_during_a_graphs_capture_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    at, device, capturing = flex_blocks.Positions(44, 44, causal=True), torch.device("cuda"), True
+    monkeypatch.setattr(flex, "_by_position", lru_cache(lambda at, device: object()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    made = flex.blocks(at, device)
+    capturing = False
+    kept = flex.blocks(at, device)
+    assert made is not kept
+    assert flex.blocks(at, device) is kept
 
 
 @pytest.mark.parametrize(
@@ -287,6 +307,11 @@ ADAPTERS = {
 }
 
 
+def test_a_causal_mask_alone_is_no_window_to_flash_attention() -> None:
+    assert cuda.sides(causal=True, window=0) == cuda.sides(causal=False, window=0) == (None, None)
+    assert (cuda.sides(causal=True, window=3), cuda.sides(causal=False, window=3)) == ((2, 0), (2, 2))
+
+
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", ADAPTERS)
 def test_what_an_adapter_makes_of_a_fused_kernel_is_the_op(kernel: str) -> None:
@@ -318,6 +343,8 @@ def test_no_query_is_without_keys_where_a_kernel_cannot_say_what_that_gives(kern
         ("torch.efficient", case(2, 2, 5, 17, causal=True), True),
         ("torch.efficient", case(2, 2, 5, 17, dim=512), True),
         ("torch.flash", case(2, 2, 5, 17, dim=512), False),
+        ("torch.flash", case(2, 2, 0, 17), False),  # a launch of no programs
+        ("torch.efficient", case(2, 2, 0, 17), False),
         ("torch.cudnn", case(2, 2, 5, 17, causal=True), False),
         ("torch.cudnn", case(2, 1, 17, 17, causal=True), False),
         ("torch.flex", case(2, 2, 5, 17, dim=512), False),

@@ -63,6 +63,14 @@ def test_the_picks_of_a_query_are_distinct_and_ready() -> None:
         assert all((i + 1) * 4 <= row + 1 for i in chosen)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.layer == "selected"], ids=lambda case: case.label)
+def test_selected_entries_are_ready_by_the_arguments_themselves(case: Case) -> None:
+    given = arguments(case, torch.float32, "cpu")
+    if "indices" in given and given["ratio"]:
+        position = torch.arange(case.queries)[:, None] + given["offset"]
+        assert ((given["indices"] + 1) * given["ratio"] <= position + 1).all()
+
+
 def test_the_work_of_the_real_size_is_what_one_counts_by_hand() -> None:
     decode = Case("sparse_attention", "selected", "decode", 64, 65536)
     operations, moved = work(decode, 2)

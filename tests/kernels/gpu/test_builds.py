@@ -49,6 +49,25 @@ def builds(target):
 """
 
 
+DECODING = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from kreg.kernels.gpu import record
+from kreg.kernels.lightning_indexer.triton import forward
+
+backend, found = make_backend(GPUTarget("cuda", 90, 32)), {}
+for context in range(9000, 9130):
+    q, k = (torch.empty(1, *s, 128, dtype=torch.bfloat16, device="meta") for s in ((1, 64), (context // 4,)))
+    for one in record("sm_90", forward, q, k, q[..., 0], scale=1.0, topk=512, ratio=4, offset=context - 1):
+        bind = create_function_from_signature(one.kernel.signature, one.kernel.params, backend)
+        found.setdefault(one.name, set()).add(str(bind(**one.arguments, **one.config.options, debug=False)[1]))
+print(json.dumps({name: len(kinds) for name, kinds in found.items()}))
+"""
+
+
 def compiled(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, Any], str]:
     """``python -m kreg.kernels.gpu`` in a process of its own: this one may be interpreting."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -64,6 +83,12 @@ def test_a_kernel_of_every_function_compiles_and_fits() -> None:
     wanted = {(task.kernel, task.target) for task in one_of_each(tasks(MODULES, targets_of(MODULES)))}
     assert {(binary["kernel"], binary["target"]) for binary in found["binaries"]} == wanted
     assert code == 0
+
+
+def test_a_cache_that_grows_compiles_the_indexer_for_rows_that_are_aligned_and_for_others_and_no_more() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", DECODING], env=env, capture_output=True, text=True)
+    assert json.loads(done.stdout or "null") == {"scores_kernel": 2, "select_kernel": 2}, done.stderr
 
 
 @pytest.mark.slow
@@ -92,6 +117,14 @@ def test_a_kernel_claims_no_architecture_that_its_tables_have_no_rows_for() -> N
             for table in tables_of(module) if not availability(spec, here) else ():
                 missing = [k for k, rows in table.rows.items() if not {target.name, target.tuned_as} & rows.keys()]
                 assert not missing, f"{spec.name} claims {target.name}, for which {table.where} has no {missing}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_88", "sm_110", "sm_130", "gfx1100", "gfx1250"])
+def test_no_kernel_claims_an_architecture_whose_limits_are_not_known(architecture: str) -> None:
+    assert architecture not in TARGETS
+    here = Environment("cuda", architecture, packages=EveryPackage())
+    specs = [spec for spec in catalogue().specs.values() if spec.entry.partition(":")[0] in MODULES]
+    assert specs and all(availability(spec, here) for spec in specs)
 
 
 def test_the_page_names_every_configuration() -> None:

@@ -282,6 +282,18 @@ def test_the_blocks_that_are_shipped_take_the_real_heads_and_dimension(device: s
     check(on(device, call) | {"topk": 20, "ratio": 4, "offset": 70})
 
 
+def test_heads_too_far_apart_for_32_bits_are_brought_together() -> None:
+    q = torch.empty(1, 64, 300_000, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    k = torch.empty(1, 4096, 128, dtype=torch.bfloat16, device="meta")
+    call: dict[str, Any] = {"q": q, "k": k, "weights": q[..., 0], "scale": 1.0, "topk": 16, "ratio": 4, "scored": True}
+    outputs = tuple(torch.empty(1, 300_000, 16, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
+    launches = record("sm_90", indexer.forward, **call)
+    launches += record("sm_90", indexer.backward, (None, outputs[1]), outputs, frozenset(("q", "k")), **call)
+    reaches = [63 * one.arguments["q_head"] + 127 for one in launches if "q_head" in one.arguments]
+    assert 63 * q.stride(2) >= 1 << 31
+    assert len(reaches) >= 3 and max(reaches) < 1 << 31
+
+
 def test_where_every_ready_entry_is_selected_nothing_is_launched_but_their_enumeration() -> None:
     def launched(offset: int, scored: bool) -> list[str]:
         q, k = (torch.empty(1, *shape, dtype=torch.bfloat16, device="meta") for shape in ((40, 64, 128), (900, 128)))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kreg.kernels.attention import npu_varlen
 from kreg.registry.ops.attention import EMPTY, random_documents
 from kreg.registry.spec import KernelSpec
 
@@ -137,3 +138,42 @@ def test_any_mix_of_masks_bias_sinks_and_scales_gives_the_references_result(
     with reading(dtypes=EXACT, pse_before_scale=pse_before_scale):
         for spec in eligible:
             check(spec, arguments)
+
+
+# ---- documents as sequences
+
+VARLEN = "torch_npu.fusion_attention_varlen"
+
+
+def packed(documents: torch.Tensor, heads: int = 4, kv_heads: int = 2, **more: Any) -> dict[str, Any]:
+    batch, keys = documents.shape
+    g = generator()
+    q = torch.randn(batch, heads, keys, 8, generator=g, dtype=torch.float64)
+    k, v = torch.randn(2, batch, kv_heads, keys, 8, generator=g, dtype=torch.float64)
+    return {"q": q, "k": k, "v": v, "documents": documents, "scale": 0.4} | more
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 12), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_documents_are_sequences_whatever_their_lengths(data: Any, batch: int, keys: int, causal: bool) -> None:
+    rows = st.lists(st.integers(0, 3), min_size=keys, max_size=keys).map(sorted)
+    documents = torch.tensor(data.draw(st.lists(rows, min_size=batch, max_size=batch)))
+    with reading(dtypes=EXACT):
+        check(FUSED[VARLEN], packed(documents, causal=causal))
+
+
+def test_the_ends_of_documents_are_counted_through_all_rows() -> None:
+    assert npu_varlen.ends(torch.tensor([[5, 5, 2], [2, 2, 2], [0, 1, 2]])) == [2, 3, 6, 7, 8, 9]
+    assert npu_varlen.ends(torch.tensor([[1], [1]])) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [torch.tensor([[0, 0, 1, 1, 0]]), torch.arange(npu_varlen.MOST + 1).unsqueeze(0)],
+    ids=["a document in two pieces", "more documents than the operator takes"],
+)
+def test_what_are_no_sequences_is_left_to_the_mask(documents: torch.Tensor) -> None:
+    assert npu_varlen.ends(documents) is None
+    if documents.shape[1] < 100:  # the other one is large
+        with reading(dtypes=EXACT):
+            check(FUSED[VARLEN], packed(documents, causal=True))

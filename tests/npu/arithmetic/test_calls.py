@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from kreg.kernels.attention import npu_varlen
 from kreg.registry import library
 from kreg.registry.environment import Environment, EveryPackage, availability
 from kreg.registry.spec import KernelSpec
@@ -45,8 +46,16 @@ def described(x: torch.Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.stride(), x.device.type
 
 
+def a_document_a_row(documents: torch.Tensor) -> list[int]:
+    """What `npu_varlen.ends` could give for tensors that hold no documents."""
+    return [(row + 1) * documents.shape[1] for row in range(documents.shape[0])]
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_on_fake_npu_tensors_it_gives_what_the_ops_shape_rule_says(spec: KernelSpec) -> None:
+def test_on_fake_npu_tensors_it_gives_what_the_ops_shape_rule_says(
+    spec: KernelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(npu_varlen, "ends", a_document_a_row)
     op, calls = OPS[spec.op], calls_of(spec)
     assert calls
     library.fallbacks.clear()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,6 +94,15 @@ def checked(
         demand(sink.dtype == wide(query.dtype) and sink.shape == (N,), f"sink is {sink.dtype} {list(sink.shape)}")
 
 
+def sequences(tensors: tuple[Any, ...], qlen: Any, kvlen: Any) -> list[tuple[torch.Tensor, ...]]:
+    """Each sequence of the varlen layout [T, N, D], as a batch of one; the lengths are cumulative."""
+    demand(list(qlen) == list(kvlen), "sequences of queries and keys of other lengths are not read here")
+    demand(1 <= len(qlen) <= 1024 and sorted(qlen) == list(qlen), "1 to 1024 lengths, summed up")
+    demand(all(x.dim() == 3 and x.shape[0] == qlen[-1] for x in tensors), "[T, N, D], T the last of the lengths")
+    bounds = [0, *qlen]
+    return [tuple(x[a:b].unsqueeze(0) for x in tensors) for a, b in pairwise(bounds)]
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,8 +118,8 @@ def forward(
     next_tockens: int = 2147483647,
     inner_precise: int = 0,
     prefix: None = None,
-    actual_seq_qlen: None = None,
-    actual_seq_kvlen: None = None,
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
     sparse_mode: int = 0,
     gen_mask_parallel: bool = True,
     sync: bool = False,
@@ -120,6 +130,16 @@ def forward(
     offset: int = 0,
 ) -> tuple[Any, ...]:
     """Output, the softmax's maximum and sum [B, N, Sq, 8], an empty tensor, and three numbers for dropout."""
+    if input_layout == "TND":
+        demand(softmax_layout == "TND" and pse is None and sink is None, "read is softmax_layout TND, no pse or sink")
+        options = {"atten_mask": atten_mask, "scale": scale, "sparse_mode": sparse_mode}
+        found = [
+            forward(*parts, head_num, "BSND", **options)[:3]
+            for parts in sequences((query, key, value), actual_seq_qlen, actual_seq_kvlen)
+        ]
+        outs, maxima, sums = zip(*found, strict=True)
+        lanes = (torch.cat([x[0].transpose(0, 1) for x in each]).contiguous() for each in (maxima, sums))
+        return (torch.cat([x[0] for x in outs]), *lanes, query.new_empty(0), 0, 0, 0)
     checked(query, key, value, head_num, input_layout, sink)
     demand(keep_prob == 1.0 and padding_mask is None, "no dropout and no padding_mask")
     B, Sq, N, _ = query.shape
@@ -165,8 +185,8 @@ def gradient(
     offset: int = 0,
     numels: int = 0,
     prefix: None = None,
-    actual_seq_qlen: None = None,
-    actual_seq_kvlen: None = None,
+    actual_seq_qlen: Any = None,
+    actual_seq_kvlen: Any = None,
     sparse_mode: int = 0,
     gen_mask_parallel: bool = True,
     sync: bool = False,
@@ -177,6 +197,15 @@ def gradient(
 
     The gradient of pse is not given (CANN: a reserved output; torch_npu returns an undefined tensor).
     """
+    if input_layout == "TND":
+        demand(softmax_layout == "TND" and pse is None and sink is None, "read is softmax_layout TND, no pse or sink")
+        given = (query, key, value, dy, attention_in, softmax_max, softmax_sum)
+        found = []
+        for q, k, v, g, out, largest, total in sequences(given, actual_seq_qlen, actual_seq_kvlen):
+            softmax = {"softmax_max": largest.transpose(1, 2), "softmax_sum": total.transpose(1, 2)}
+            options = {"atten_mask": atten_mask, "scale_value": scale_value, "sparse_mode": sparse_mode}
+            found.append(gradient(q, k, v, g, head_num, "BSND", attention_in=out, **softmax, **options)[:3])
+        return (*(torch.cat([x[0] for x in each]) for each in zip(*found, strict=True)), None, query.new_empty(0))
     checked(query, key, value, head_num, input_layout, sink)
     demand(sink is None or query.dtype != torch.float32, "with a sink the gradient takes 16-bit inputs")
     assert softmax_max is not None and softmax_sum is not None and attention_in is not None

@@ -90,6 +90,7 @@ def gradient(
     demand(layout == "BSND" and sparse_mode in (0, 3), "layout BSND, sparse_mode 0 or 3")
     demand(dy.shape == sparse_indices.shape == (B, S, K), f"dy is {list(dy.shape)}, the indices {sparse_indices.shape}")
     demand(dy.dtype == query.dtype and sparse_indices.dtype == torch.int32, "dy is of the query's dtype, indices int32")
+    demand(dy.is_contiguous() and sparse_indices.is_contiguous(), "dy and the indices are contiguous")
     demand((N == 64 and K == 2048 and T >= K) or now().dtypes != (), f"documented: 64 heads, top 2048; not {N}, {K}")
     demand(bool((sparse_indices >= 0).all() & (sparse_indices < T).all()), "what -1 means here is not documented")
     dq, dk, dw = (torch.zeros(x.shape, dtype=acc) for x in (query, key, weights))

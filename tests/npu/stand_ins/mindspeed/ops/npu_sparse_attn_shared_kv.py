@@ -7,6 +7,8 @@ ratio of 4 only those that ``cmp_sparse_indices`` names. One softmax over all of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses import FakeTensor
 
@@ -35,6 +37,7 @@ def npu_sparse_attn_shared_kv(
     demand(N in (64, 128), f"there are 64 or 128 heads, not {N}")
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     demand(sinks.shape == (N,) and sinks.dtype == wide, f"sinks are float32 [N], not {sinks.dtype} {list(sinks.shape)}")
+    demand(sinks.is_contiguous(), "sinks are contiguous")
     demand(isinstance(softmax_scale, float) and type(cmp_ratio) is int, "softmax_scale is a float, cmp_ratio an int")
     demand((ori_mask_mode, cmp_mask_mode) == (4, 3), "ori_mask_mode is 4 and cmp_mask_mode 3")
     demand((ori_win_left, ori_win_right) == (127, 0), "the window is 127 keys back and 0 ahead")
@@ -59,7 +62,21 @@ def npu_sparse_attn_shared_kv(
     scores = torch.cat([scores, sinks.view(1, 1, N, 1).expand(B, S, N, 1)], dim=-1)
     weights = scores.softmax(-1)[..., :-1]
     result = torch.einsum("bsnt,btd->sbnd", weights, keys)
-    return result.to(query.dtype).contiguous()
+    checked: torch.Tensor = _Result.apply(result.to(query.dtype).contiguous())
+    return checked
+
+
+class _Result(torch.autograd.Function):
+    """The output, whose gradient comes in as the output is stored: what else its kernel takes is not documented."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor) -> torch.Tensor:
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        demand(grad.is_contiguous(), "the output's gradient is contiguous")
+        return grad
 
 
 def _named(indices: torch.Tensor | None, B: int, S: int, E: int, differentiated: bool) -> torch.Tensor:
@@ -67,6 +84,7 @@ def _named(indices: torch.Tensor | None, B: int, S: int, E: int, differentiated:
     demand(indices is not None, "a cmp_ratio of 4 needs cmp_sparse_indices")
     assert indices is not None
     demand(indices.dtype == torch.int32 and indices.dim() == 3, f"indices are int32 [B, S, K], not {indices.dtype}")
+    demand(indices.is_contiguous(), "indices are contiguous")
     demand(indices.shape[:2] == (B, S), f"indices are {list(indices.shape)}, for {B} rows of {S}")
     demand(indices.shape[2] in (512, 1024), f"512 or 1024 indices a query, not {indices.shape[2]}")
     valid = indices >= 0
