@@ -307,6 +307,18 @@ ADAPTERS = {
 }
 
 
+def test_rows_that_do_not_begin_at_16_bytes_are_copied_and_others_are_not() -> None:
+    wide = torch.arange(2 * 3 * 5 * 32, dtype=torch.bfloat16).view(2, 3, 5, 32)
+    for taken in (wide, wide[..., 8:24], wide.transpose(1, 2), wide[:, :, 2:], wide[:, :1].expand(-1, 3, -1, -1)):
+        assert cuda.dense(taken) is taken
+    odd = torch.arange(2 * 3 * 5 * 20, dtype=torch.bfloat16).view(2, 3, 5, 20)
+    for copied in (wide[..., 4:20], wide[..., ::2], odd[..., :16], wide.flatten()[1 : 1 + 32].view(1, 1, 2, 16)):
+        made = cuda.dense(copied)
+        assert torch.equal(made, copied)
+        assert (made.stride(-1), made.storage_offset()) == (1, 0)
+        assert all(step % 8 == 0 for step in made.stride()[:-1])
+
+
 def test_a_causal_mask_alone_is_no_window_to_flash_attention() -> None:
     assert cuda.sides(causal=True, window=0) == cuda.sides(causal=False, window=0) == (None, None)
     assert (cuda.sides(causal=True, window=3), cuda.sides(causal=False, window=3)) == ((2, 0), (2, 2))
