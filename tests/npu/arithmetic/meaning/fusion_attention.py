@@ -205,7 +205,7 @@ def gradient(
             softmax = {"softmax_max": largest.transpose(1, 2), "softmax_sum": total.transpose(1, 2)}
             options = {"atten_mask": atten_mask, "scale_value": scale_value, "sparse_mode": sparse_mode}
             found.append(gradient(q, k, v, g, head_num, "BSND", attention_in=out, **softmax, **options)[:3])
-        return (*(torch.cat([x[0] for x in each]) for each in zip(*found, strict=True)), None, query.new_empty(0))
+        return (*(torch.cat([x[0] for x in each]) for each in zip(*found, strict=True)), None, torch.empty(0))
     checked(query, key, value, head_num, input_layout, sink)
     demand(sink is None or query.dtype != torch.float32, "with a sink the gradient takes 16-bit inputs")
     assert softmax_max is not None and softmax_sum is not None and attention_in is not None
