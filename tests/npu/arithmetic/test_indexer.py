@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspeed import readings as mindspeed
 
 from kreg.registry.spec import KernelSpec
 
 from .calls import indexer
-from .judge import SPECS, check, strided, takes
+from .judge import SPECS, check, mindspeed, strided, takes
 from .meaning import reading
 
 LI, OWN = SPECS["mindspeed.li"], SPECS["torch_npu.lightning_indexer"]

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspeed import readings as mindspeed
 
 from .calls import sparse
-from .judge import OPS, SPECS, bound, check, generator, samples, strided, takes
+from .judge import OPS, SPECS, bound, check, generator, mindspeed, samples, strided, takes
 from .meaning import reading
 
 SAS, SFA = SPECS["mindspeed.sas"], SPECS["torch_npu.sparse_flash_attention"]
