@@ -283,7 +283,9 @@ def wide(op: str, sizes: dict[str, Any], dtype: torch.dtype, generator: torch.Ge
     elif op == "attention":
         qkv = {"q": make(2, 8, S, 128), "k": make(2, 2, S, 128), "v": make(2, 2, S, 128), "scale": 128**-0.5}
         kept = torch.arange(S).expand(2, -1) < torch.tensor([[S], [S - 40]])
-        for how in ({}, {"causal": True}, {"causal": True, "window": 64}, {"causal": True, "padding": kept}):
+        packed = {"causal": True, "documents": (torch.arange(S) // 100).expand(2, -1).contiguous()}
+        masks = ({}, {"causal": True}, {"causal": True, "window": 64}, {"causal": True, "padding": kept}, packed)
+        for how in masks:
             yield {**qkv, **how}
             yield {**qkv, **how, "sinks": make(8)}
 
