@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.zoo.families import FAMILIES
 from tests.zoo.measure import Record
-from tests.zoo.run import records
+from tests.zoo.run import jobs, records
 from tests.zoo.score import Score, is_attention, is_exported, is_verified, score
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -26,6 +26,15 @@ def write(results: Path, page: Path) -> None:
     kept = before[before.index(KEPT) :] if KEPT in before else ""
     written = "\n".join(_page(records(results), results)) + "\n"
     page.write_text(f"{written}\n{kept}" if kept else written, encoding="utf-8")
+
+
+def _not_run(found: Sequence[Record]) -> Iterator[str]:
+    """How many of the architectures that there are have no record, by family and form."""
+    there = {(record["id"], record["implementation"]) for record in found}
+    left = Counter(f"{s.family} {form}" for s, form in jobs() if (s.id, form) not in there)
+    if left:
+        yield f"Without a record, and so not in these tables: {', '.join(f'{n} {name}' for name, n in left.items())}."
+        yield ""
 
 
 def _page(found: Sequence[Record], results: Path) -> Iterator[str]:
@@ -44,6 +53,7 @@ def _page(found: Sequence[Record], results: Path) -> Iterator[str]:
     )
     yield ""
     yield from _definitions()
+    yield from _not_run(found)
     scored = [(record, score(record)) for record in found if is_exported(record)]
     for section in (_summary, _masks, _indexers, _peers, _cost):
         yield from section(found, scored)
