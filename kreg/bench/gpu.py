@@ -19,7 +19,7 @@ from kreg.bench.measure import peak_bytes
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
 from kreg.registry.environment import Environment, availability
-from kreg.registry.library import Kernel, _recompute, bind, call_facts, facts_names, results
+from kreg.registry.library import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.spec import KernelSpec
 
 Progress = Callable[[str], None]
@@ -170,13 +170,13 @@ def _kernel_call(spec: KernelSpec, case: Case, given: dict[str, Any]) -> Call:
         constraint = Constraint.parse(text, facts_names(op))
         if not constraint.holds(facts):
             raise baselines.Skip(constraint.explain(facts))
-    kernel = Kernel(spec.name, spec.entry_point(), spec.backward_point())
+    kernel = Kernel.of(spec)
     if case.step != "backward":
         return lambda: kernel.forward(**given)
     outputs = results(kernel.forward(**given))
     grads = (torch.randn_like(outputs[0]), *(None for _ in outputs[1:]))
     needs = frozenset(name for name in op.differentiable if given.get(name) is not None)
-    run = kernel.backward or _recompute(kernel.forward)
+    run = kernel.gradient
     return lambda: run(grads, outputs, needs, **given)
 
 

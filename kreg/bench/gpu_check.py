@@ -10,7 +10,7 @@ import torch
 
 from kreg.bench.gpu_cases import FLASH, Case, arguments
 from kreg.registry.constraints import Constraint
-from kreg.registry.library import Kernel, _recompute, bind, call_facts, facts_names, results
+from kreg.registry.library import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.op import Op, largest_difference
 from kreg.registry.spec import KernelSpec
 
@@ -52,7 +52,7 @@ class Check:
 
 def check(spec: KernelSpec, op: Op, dtype: torch.dtype, device: str, full_size: bool | None = None) -> Check:
     """Compare on the op's own samples, and (on a GPU) at a real model's sizes, gradients included."""
-    kernel = Kernel(spec.name, spec.entry_point(), spec.backward_point())
+    kernel = Kernel.of(spec)
     constraints = [Constraint.parse(text, facts_names(op)) for text in spec.constraints]
     calls, worst, worst_gradient = 0, 0.0, 0.0
     for label, sample in _samples(op, dtype, device, device == "cuda" if full_size is None else full_size):
@@ -98,7 +98,7 @@ def _errors(op: Op, kernel: Kernel, given: dict[str, Any], dtype: torch.dtype, t
     grad = torch.randn(want[slot].shape, dtype=torch.float64, device=want[slot].device)
     wanted = torch.autograd.grad(want[slot], list(leaves.values()), grad, allow_unused=True)
     grads = tuple(grad.to(result.dtype) if i == slot else None for i, result in enumerate(got))
-    found = (kernel.backward or _recompute(kernel.forward))(grads, got, frozenset(needs), **given)
+    found = kernel.gradient(grads, got, frozenset(needs), **given)
     worst = 0.0
     for name, exact in zip(needs, wanted, strict=True):
         exact = torch.zeros_like(leaves[name]) if exact is None else exact

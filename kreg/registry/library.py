@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from kreg.errors import SelectionError, SpecError
 from kreg.registry.constraints import Constraint
 from kreg.registry.op import Op
+from kreg.registry.spec import KernelSpec
 
 log = logging.getLogger("kreg")
 
@@ -39,6 +40,20 @@ class Kernel:
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., Mapping[str, torch.Tensor]] | None = None
     checks: tuple[Constraint, ...] = ()
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Kernel:
+        """A spec's functions, imported.
+
+        Raises:
+            SpecError: they cannot be imported.
+        """
+        return Kernel(spec.name, spec.entry_point(), spec.backward_point())
+
+    @property
+    def gradient(self) -> Callable[..., Mapping[str, torch.Tensor]]:
+        """Its backward; without one of its own, its forward run again under autograd."""
+        return self.backward or _recompute(self.forward)
 
 
 def define(op: Op) -> None:
@@ -121,14 +136,14 @@ def resolve(op_name: str, kernel: str) -> Kernel:
 
     try:
         spec = catalogue().kernel(name)
-        entry, backward = spec.entry_point(), spec.backward_point()
+        found = Kernel.of(spec)
     except (ImportError, SpecError, SelectionError) as error:
         log.warning("kernel %s cannot be had here (%s): the reference computes %s", name, error, op_name)
         fallbacks[name, f"not importable: {error}"] += 1
         return Kernel("", op.reference)
     names = facts_names(op)
     checks = tuple(Constraint.parse(text, names) for text in spec.constraints) if checked else ()
-    return Kernel(name, entry, backward, checks)
+    return replace(found, checks=checks)
 
 
 def facts_names(op: Op) -> tuple[str, ...]:
@@ -212,9 +227,8 @@ def _call_backward(
     chosen = resolve(op.name, kernel)
     if chosen.checks:
         chosen = _checked(op, chosen, arguments)
-    run = chosen.backward or _recompute(chosen.forward)
     try:
-        found = run(tuple(grads), tuple(outputs), needed, **arguments)
+        found = chosen.gradient(tuple(grads), tuple(outputs), needed, **arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

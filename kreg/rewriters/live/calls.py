@@ -115,9 +115,9 @@ class ScopeCall(_Call):
                 stack.enter_context(_thread.capturing)
             if watched:
                 stack.enter_context(Recorder())  # type: ignore[no-untyped-call]
-            _thread.inside = "step" if step else "watched" if watched else "call"
+            stack.callback(_thread.leave)  # first: an interrupt may come between any two lines
             _thread.modes = torch._C._len_torch_dispatch_stack()
-            stack.callback(_thread.leave)
+            _thread.inside = "step" if step else "watched" if watched else "call"
             return self.module._call_impl(*args, **kwargs)
 
 

@@ -14,7 +14,11 @@ def ruled_out(account: Account, settings: Settings) -> dict[str, str]:
 
     While layers are captured, the first that uses one of two kernels rules the other out for those after it.
     """
-    known, facts = catalogue(), account.facts()
+    known = catalogue()
+    used = sorted(name for name in account.kernels if known.excluded_by(name))
+    if not used:  # as nearly everywhere: then there is nothing to plan again
+        return {}
+    facts = account.facts()
 
     def plan(*without: str) -> Plan:
         off = (*settings.disable, *without)
@@ -22,7 +26,7 @@ def ruled_out(account: Account, settings: Settings) -> dict[str, str]:
 
     best = plan()
     found = {}
-    for name in sorted(account.kernels):
+    for name in used:
         rivals = sorted(known.excluded_by(name) & set(best.kernels))
         if rivals:
             found[name] = (
