@@ -183,7 +183,7 @@ class _Terms:
         apart: list[Expr] = []
         together: Expr = n.ZERO
         for part in e.arguments:
-            constant = isinstance(part, n.Const)
+            constant = isinstance(part, n.Const) and not self._masks_all(part)
             shared = bool(self.key.variables) and not self.key.variables & part.variables
             is_mask = not self.whole and keep_of(part) is not None
             if not constant and (has_product(part) or shared or is_mask):
@@ -192,9 +192,19 @@ class _Terms:
                 together = n.add(together, part)
         if not isinstance(together, n.Const) or (self.some and together.value != 0):
             return [*apart, together]
-        if abs(together.value) >= -NEGLIGIBLE:
-            raise Refused(f"{together.value:g} is added to every score, in which little is left of them", self.at)
         return apart
+
+    def _masks_all(self, constant: n.Const) -> bool:
+        """Whether a number masks all the keys at hand, beside which there are others; a small one masks none.
+
+        Raises:
+            Refused: there are no others.
+        """
+        if abs(constant.value) < -NEGLIGIBLE:
+            return False
+        if not self.some:
+            raise Refused(f"{constant.value:g} is added to every score, in which little is left of them", self.at)
+        return True
 
     def _is_worth_splitting(self, e: n.Apply) -> bool:
         """A sum in which the product is, or a mask: other sums are one bias, added up as the model does."""
