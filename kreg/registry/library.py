@@ -276,6 +276,7 @@ def _save(op: Op) -> Callable[..., None]:
         ctx.save_for_backward(*tensors, *results(output))
         ctx.attributes = {name: arguments[name] for name in op.attributes}
         ctx.kernel = arguments.get("kernel", "")
+        ctx.mark_non_differentiable(*op.constant_results(results(output)))
         ctx.set_materialize_grads(False)
 
     return setup_context
@@ -349,7 +350,7 @@ class _Direct(torch.autograd.Function):
         found = _call(op, dict(zip(op.tensors, values, strict=True)) | attributes | {"kernel": kernel})
         ctx.op, ctx.kernel, ctx.attributes = op, kernel, attributes
         ctx.save_for_backward(*values, *found)
-        ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*op.constant_results(found))
         ctx.set_materialize_grads(False)
         return found
 

@@ -69,6 +69,7 @@ class Op:
             reference.
         tensors: for each tensor argument its named dimensions, as ``"batch heads queries head_dim"``.
         differentiable: the tensor arguments that receive a gradient.
+        no_gradient: results that autograd takes for constants: what the backward is given to start from.
         reference: slow and obvious plain PyTorch with the schema's arguments; differentiable by autograd;
             accumulates in the dtype it is given, float32 at least.
         fake: results of the right shape, dtype and strides from (fake) arguments, computing nothing.
@@ -94,6 +95,7 @@ class Op:
     error: Callable[[Arguments, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], float] = largest_difference
     tolerances: Mapping[torch.dtype, Tolerance] = field(default_factory=lambda: DEFAULT_TOLERANCES)
     source: str = ""
+    no_gradient: tuple[str, ...] = ()
 
     @cached_property
     def parsed(self) -> torch._C.FunctionSchema:
@@ -123,6 +125,12 @@ class Op:
     def defaults(self) -> Mapping[str, Any]:
         """Default values by argument name, where the schema has one."""
         return {a.name: a.default_value for a in self.parsed.arguments if a.has_default_value()}
+
+    def constant_results(self, results: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Those of a call's results that pass no gradient on."""
+        names = [result.name for result in self.parsed.returns]
+        pairs = zip(names, results, strict=True)
+        return [t for name, t in pairs if name in self.no_gradient or not t.is_floating_point()]
 
     @cached_property
     def outputs(self) -> int:

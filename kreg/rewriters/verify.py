@@ -128,7 +128,7 @@ class Sizes:
     @staticmethod
     def _small(environment: Any, symbol: sympy.Symbol, hint: int) -> int:
         bounds = environment.var_to_range[symbol]
-        return min(hint, max(int(bounds.lower), SMALL))
+        return min(hint, int(max(bounds.lower, SMALL)))
 
     def number(self, size: Any) -> Any:
         """A size, or a value made of sizes, as a number."""

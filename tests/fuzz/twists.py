@@ -611,7 +611,11 @@ def applicable(program: Program) -> list[str]:
     return [name for name, twist in TWISTS.items() if twist.needs(program)]
 
 
-STEPS = {"rounded to bfloat16": 2.0**-8, "rounded to float16": 2.0**-11, "rounded to integers": 0.25}
+STEPS = {
+    "rounded to bfloat16": torch.finfo(torch.bfloat16).eps,
+    "rounded to float16": torch.finfo(torch.float16).eps,
+    "rounded to integers": 0.25,
+}
 """What rounds may come out one step apart, if what it rounds is off by any error at all; gradients pass it too."""
 
 

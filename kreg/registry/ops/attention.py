@@ -318,6 +318,7 @@ ATTENTION = Op(
     schema=SCHEMA,
     tensors=TENSORS,
     differentiable=("q", "k", "v", "bias", "sinks"),
+    no_gradient=("lse",),
     reference=reference,
     fake=fake,
     samples=samples,

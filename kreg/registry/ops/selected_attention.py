@@ -180,6 +180,7 @@ SELECTED_ATTENTION = Op(
     schema=SCHEMA,
     tensors=TENSORS,
     differentiable=("q", "k", "v", "sinks"),
+    no_gradient=("lse",),
     reference=reference,
     fake=fake,
     samples=samples,

@@ -179,6 +179,7 @@ SPARSE_ATTENTION = Op(
     schema=SCHEMA,
     tensors=TENSORS,
     differentiable=("q", "kv", "compressed", "sinks"),
+    no_gradient=("lse",),
     reference=reference,
     fake=fake,
     samples=samples,

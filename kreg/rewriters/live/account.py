@@ -29,6 +29,20 @@ class _Thread(threading.local):
     watched = False
 
 
+class _Running:
+    """While a region runs; entered for each layer of each call, so without a generator."""
+
+    def __init__(self, now: _Thread, path: str) -> None:
+        self.now = now
+        self.path = path
+
+    def __enter__(self) -> None:
+        self.outer, self.now.path = self.now.path, self.path
+
+    def __exit__(self, *error: object) -> None:
+        self.now.path = self.outer
+
+
 class Account:
     """What happened to one model so far.
 
@@ -105,14 +119,9 @@ class Account:
             log.warning("%s: %s. The original code answers", self.model, reason)
         self.reasons[reason] += 1
 
-    @contextlib.contextmanager
-    def region(self, path: str) -> Iterator[None]:
+    def region(self, path: str) -> _Running:
         """While a region runs."""
-        outer, self._now.path = self._now.path, path
-        try:
-            yield
-        finally:
-            self._now.path = outer
+        return _Running(self._now, path)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _pop_mode_temporarily
 from kreg.rewriters.capture import Inputs, failure, first_sentences, split_inputs
 from kreg.rewriters.live.account import Account
 from kreg.rewriters.live.captured import Known, captured
+from kreg.rewriters.live.compiled import CompiledCall
 from kreg.rewriters.live.exclusions import ruled_out
 from kreg.rewriters.live.provenance import Recorder
 from kreg.rewriters.live.regions import regions, scopes
@@ -56,19 +57,11 @@ class RewrittenModel:
         self.fixed = self._compiled(dynamic=False)
         self.varying = self._compiled(dynamic=True)
 
-    def _compiled(self, dynamic: bool) -> Compiled:
-        limit = GRAPHS + len(self.regions)
-        compiled: Compiled = torch.compile(  # type: ignore[call-overload]
-            _call, backend=self._backend, dynamic=dynamic, recompile_limit=limit, isolate_recompiles=True
-        )
-        return compiled
+    def _compiled(self, dynamic: bool) -> CompiledCall:
+        return CompiledCall(self._backend, dynamic=dynamic, limit=GRAPHS + len(self.regions))
 
     def _backend(self, module: GraphModule, example_inputs: Any) -> Compiled:
         return captured(module, self.settings, self.account.model, self.account, known=self.known)
-
-
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
 
 
 class _Call:
@@ -110,14 +103,7 @@ class ScopeCall(_Call):
         first = self.first(args, kwargs)
         step = first is not None and first.dim() == 2 and first.shape[1] == 1
         watched = not step and self.owner.account.watching
-        with contextlib.ExitStack() as stack:
-            if not step:
-                stack.enter_context(_thread.capturing)
-            if watched:
-                stack.enter_context(Recorder())  # type: ignore[no-untyped-call]
-            stack.callback(_thread.leave)  # first: an interrupt may come between any two lines
-            _thread.modes = torch._C._len_torch_dispatch_stack()
-            _thread.inside = "step" if step else "watched" if watched else "call"
+        with _recorded(watched), _Outermost("step" if step else "watched" if watched else "call"):
             return self.module._call_impl(*args, **kwargs)
 
 
@@ -143,13 +129,14 @@ class RegionCall(_Call):
             return self.module._call_impl(*args, **kwargs)
         owner = self.owner
         try:
-            with owner.account.region(self.path), _TO_CAPTURE[inside]():
-                return self._compiled(first, (args, kwargs))(self.module, *args, **kwargs)
+            # Dynamo would not capture under the recorder
+            with owner.account.region(self.path), _pop_mode_temporarily() if inside == "watched" else _NOTHING:
+                return self._compiled(first, (args, kwargs))(self.module, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
             owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
         return self.module._call_impl(*args, **kwargs)
 
-    def _compiled(self, first: torch.Tensor, inputs: Any) -> Compiled:
+    def _compiled(self, first: torch.Tensor, inputs: Any) -> CompiledCall:
         sizes = tuple(first.shape[:2])
         if self.sizes is None:
             self.sizes = sizes if self.owner.fix_first else ()
@@ -173,27 +160,29 @@ class _Thread(threading.local):
     modes = 0
     """How many dispatch modes there were when it began."""
 
-    def leave(self) -> None:
-        """The outermost scope is left."""
-        self.inside = ""
-
-    def __init__(self) -> None:
-        # A scale or an epsilon is part of the code, and no input. Made once: making it takes longer than entering it.
-        # Sizes that depend on data (a boolean index) stay in the graph; hooks that come later are seen.
-        self.capturing = torch._dynamo.config.patch(
-            specialize_float=True, capture_dynamic_output_shape_ops=True, skip_nnmodule_hook_guards=False
-        )
-
 
 _thread = _Thread()
 
 
-_TO_CAPTURE: Mapping[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
-    "": lambda: _thread.capturing,
-    "watched": _pop_mode_temporarily,  # Dynamo would not capture under the recorder
-    "call": contextlib.nullcontext,
-}
-"""What a region's call needs, by what runs around it."""
+class _Outermost:
+    """While the outermost scope runs; plain methods, between whose lines no interrupt comes."""
+
+    def __init__(self, inside: str) -> None:
+        self.inside = inside
+
+    def __enter__(self) -> None:
+        _thread.modes = torch._C._len_torch_dispatch_stack()
+        _thread.inside = self.inside
+
+    def __exit__(self, *error: object) -> None:
+        _thread.inside = ""
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _recorded(watched: bool) -> contextlib.AbstractContextManager[object]:
+    return Recorder() if watched else _NOTHING  # type: ignore[no-untyped-call]
 
 
 def attach(

@@ -32,6 +32,7 @@ from kreg.rewriters.live.provenance import Made, origin_of, written
 from kreg.rewriters.memory import reuse
 from kreg.rewriters.pipeline import Clock, Settings, rewrite_graph
 from kreg.rewriters.report import Report
+from kreg.rewriters.views import compose
 
 log = logging.getLogger("kreg")
 
@@ -327,6 +328,7 @@ def _called_directly(module: GraphModule) -> Compiled:
         constants = {name: value for name, value in node.kwargs.items() if not isinstance(value, Node)}
         node.target = direct(op, constants)
         node.kwargs = {name: value for name, value in node.kwargs.items() if name not in constants}
+    compose(module)
     bind(module)
     forward: Compiled = module.forward
     return forward
