@@ -1,4 +1,4 @@
-"""``kreg bench --device cuda``: every kernel of the sparse ops, right first, then beside what else computes them."""
+"""``kreg bench --device cuda``: every kernel of the attention ops, right first, then beside what else computes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from kreg.bench import gpu_baselines as baselines
-from kreg.bench.gpu_cases import Case, arguments, work
+from kreg.bench import gpu_eager
+from kreg.bench.gpu_case import Case
+from kreg.bench.gpu_cases import arguments, work
 from kreg.bench.gpu_check import Check, check
 from kreg.bench.gpu_timing import Ceilings, Timer, ceilings, graphed
 from kreg.bench.measure import peak_bytes
@@ -25,7 +27,22 @@ from kreg.registry.spec import KernelSpec
 Progress = Callable[[str], None]
 Call = Callable[[], object]
 BASELINES = ("eager", "flex", "inductor")
-NEEDS = {"flex": 30.0, "inductor": 60.0}
+EAGER: dict[str, Callable[[Case, dict[str, Any], bool], baselines.Forward]] = {
+    "sparse_attention": baselines.eager,
+    "lightning_indexer": baselines.eager,
+    "attention": gpu_eager.attention,
+    "sparse_mqa_sink": gpu_eager.sparse_mqa_sink,
+    "indexer_topk": gpu_eager.indexer_topk,
+}
+NO_FLEX = {
+    "attention": "FlexAttention is one of the kernels, torch.flex",
+    "sparse_mqa_sink": "FlexAttention does not gather",
+    "lightning_indexer": "FlexAttention has no top-k",
+    "indexer_topk": "FlexAttention has no top-k",
+}
+LATE = ("inductor",)
+"""Baselines that take what time is left when all others are measured."""
+NEEDS = {"flex": 30.0, "torch.flex": 30.0, "inductor": 60.0}
 """Seconds that have to be left for a variant to be begun: it is compiled first, and a compiler is not interrupted."""
 LONGEST_CALL = 5.0
 """Seconds beyond which a call is not repeated."""
@@ -94,7 +111,10 @@ class Run:
         return self.limit - (time.monotonic() - self._began)
 
     def rows(self, cases: Sequence[Case], *, ceiling_size: int = 8192, moved: int = 2**31) -> Iterator[Row]:
-        """Correctness, ceilings, every kernel's cases, and then the baselines', as far as the time goes."""
+        """Correctness, ceilings, every kernel's cases, and then the baselines', as far as the time goes.
+
+        The sparse ops come first: of dense attention no kernel is kreg's own.
+        """
         kernels = {op: self._kernels(op) for op in dict.fromkeys(case.op for case in cases)}
         right: dict[str, list[KernelSpec]] = {}
         for op, specs in kernels.items():
@@ -106,11 +126,16 @@ class Run:
                     right.setdefault(op, []).append(spec)
         self.progress("measuring a matrix product and a copy")
         self.ceilings = ceilings(self.dtype, self.device, self.timer, ceiling_size, moved)
-        for case in cases:
-            for spec in right.get(case.op, []):
-                if case.step != "backward" or spec.trains:
-                    yield self._row(case, spec.name, partial(_kernel_call, spec, case))
-        for name in BASELINES:
+        for some in ([c for c in cases if c.op != "attention"], [c for c in cases if c.op == "attention"]):
+            for case in some:
+                for spec in right.get(case.op, []):
+                    if case.step != "backward" or spec.trains:
+                        yield self._row(case, spec.name, partial(_kernel_call, spec, case))
+            yield from self._baselines(some, [name for name in BASELINES if name not in LATE])
+        yield from self._baselines(cases, [name for name in BASELINES if name in LATE])
+
+    def _baselines(self, cases: Sequence[Case], names: Sequence[str]) -> Iterator[Row]:
+        for name in names:
             for case in cases:
                 yield self._row(case, name, partial(_baseline_call, name, case))
 
@@ -181,11 +206,13 @@ def _kernel_call(spec: KernelSpec, case: Case, given: dict[str, Any]) -> Call:
 
 
 def _baseline_call(name: str, case: Case, given: dict[str, Any]) -> Call:
+    if name == "flex" and case.op in NO_FLEX:
+        raise baselines.Skip(NO_FLEX[case.op])
     if case.step == "backward":
         for key in catalogue().op(case.op).differentiable:
             if given.get(key) is not None:
                 given[key].requires_grad_()
-    forward = baselines.flex(case, given) if name == "flex" else baselines.eager(case, given, name == "inductor")
+    forward = baselines.flex(case, given) if name == "flex" else EAGER[case.op](case, given, name == "inductor")
     if case.step != "backward":
 
         def without_gradient() -> object:

@@ -1,4 +1,4 @@
-"""What kernels are measured against: code as transformers writes it, the same compiled, and FlexAttention.
+"""What kernels of sparse ops are measured against: code as transformers writes it, the same compiled, FlexAttention.
 
 The eager forms do what transformers 5.23's modelling code does, step by step: keys and values repeated for every head,
 scores as a tensor of their own, the mask added, the sink one more column, weights in the dtype of the queries. A test
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kreg.bench.gpu_cases import Case
+from kreg.bench.gpu_case import Case
 
 Call = Callable[[], object]
 Forward = Callable[[], torch.Tensor]
@@ -34,7 +34,7 @@ def eager(case: Case, given: dict[str, Any], compiled: bool = False) -> Forward:
     element = 4 if case.op == "lightning_indexer" else given["q"].element_size()
     scores = case.batch * wide * case.queries * keys * element * copies
     repeated = 0 if case.op == "lightning_indexer" else 2 * case.batch * wide * keys * case.sizes.head_dim * element
-    _fits(scores + repeated, given["q"].device)  # keys and values are repeated for each head
+    fits(scores + repeated, given["q"].device)  # keys and values are repeated for each head
     if case.op == "lightning_indexer":
         return _eager_indexer(case, given, compiled)
     return _eager_attention(case, given, compiled)
@@ -77,13 +77,7 @@ def _eager_indexer(case: Case, given: dict[str, Any], compiled: bool) -> Forward
 
 
 def flex(case: Case, given: dict[str, Any]) -> Forward:
-    """FlexAttention over window and entries side by side; a selection is a mask that it reads.
-
-    Raises:
-        Skip: it cannot express the work.
-    """
-    if case.op == "lightning_indexer":
-        raise Skip("FlexAttention has no top-k")
+    """FlexAttention over window and entries side by side; a selection is a mask that it reads."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     device = given["q"].device
@@ -155,14 +149,14 @@ def keys_of(given: dict[str, Any]) -> Forward:
 def selected_mask(case: Case, given: dict[str, Any]) -> torch.Tensor:
     """The selection as a bool mask [batch, queries, entries]."""
     size = case.batch * case.queries * (case.entries + 1)
-    _fits(2 * size, given["q"].device)
+    fits(2 * size, given["q"].device)
     chosen = torch.zeros(case.batch, case.queries, case.entries + 1, dtype=torch.bool, device=given["q"].device)
     indices = given["indices"]
     chosen.scatter_(-1, torch.where(indices < 0, case.entries, indices), True)
     return chosen[..., : case.entries]
 
 
-def _fits(needed: int, device: torch.device) -> None:
+def fits(needed: int, device: torch.device) -> None:
     """Raises Skip for what memory cannot hold; where its size is not known, 64 GiB are taken for it."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 64 * 2**30
     if needed > 0.9 * free:

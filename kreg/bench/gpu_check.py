@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kreg.bench.gpu_cases import FLASH, Case, arguments
+from kreg.bench.gpu_case import GROUPED, SMALL_HEADS, Case
+from kreg.bench.gpu_cases import arguments
 from kreg.registry.constraints import Constraint
 from kreg.registry.library import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.op import Op, largest_difference
@@ -24,6 +25,13 @@ FULL_SIZE = {
         Case("lightning_indexer", "selected", "forward", 1, 4096),
         Case("lightning_indexer", "selected", "decode", 2, 65536),
     ],
+    "attention": [
+        Case("attention", "causal", "forward", 1, 640, GROUPED),
+        Case("attention", "window", "forward", 1, 640, replace(GROUPED, window=200)),
+        Case("attention", "sinks", "forward", 1, 640, SMALL_HEADS),
+    ],
+    "sparse_mqa_sink": [Case("sparse_mqa_sink", "selected", "decode", 8, 4096)],
+    "indexer_topk": [Case("indexer_topk", "selected", "decode", 2, 65536)],
 }
 """Calls at a real model's widths, few enough for a reference in float64."""
 
@@ -79,7 +87,6 @@ def _samples(op: Op, dtype: torch.dtype, device: str, full_size: bool) -> Iterat
         moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in sample.items()}
         yield f"sample {number}", moved
     for case in FULL_SIZE.get(op.name, []) if full_size else []:
-        assert case.sizes is FLASH
         yield case.label, arguments(case, dtype, device, seed=1)
 
 

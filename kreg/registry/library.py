@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -222,6 +222,26 @@ def _call_backward(
     kernel: str,
     **attributes: Any,
 ) -> list[torch.Tensor]:
+    """`_gradients_of` as the operator's schema has it: empty where no gradient is needed."""
+    found = _gradients_of(op, grads, tensors, outputs, needs, kernel=kernel, **attributes)
+    pairs = zip(op.tensors, tensors, strict=True)
+    return [
+        outputs[0].new_empty(0) if tensor is None or name not in found else found[name].contiguous()
+        for name, tensor in pairs
+    ]
+
+
+def _gradients_of(
+    op: Op,
+    grads: Sequence[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    *,
+    kernel: str,
+    **attributes: Any,
+) -> dict[str, torch.Tensor]:
+    """The needed gradients by name, in the dtypes of their tensors."""
     arguments = dict(zip(op.tensors, tensors, strict=True)) | attributes
     needed = frozenset(name for name, need in zip(op.tensors, needs, strict=True) if need)
     chosen = resolve(op.name, kernel)
@@ -236,11 +256,7 @@ def _call_backward(
             raise
         found = _recompute(op.reference)(tuple(grads), tuple(outputs), needed, **arguments)
         _raised(chosen.name, " in its backward", error)
-    return [
-        found[name].to(tensor.dtype).contiguous() if name in needed and tensor is not None else outputs[0].new_empty(0)
-        for name, tensor in arguments.items()
-        if name in op.tensors
-    ]
+    return {name: found[name].to(arguments[name].dtype) for name in needed if arguments[name] is not None}
 
 
 def _recompute(forward: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., dict[str, torch.Tensor]]:
@@ -283,8 +299,11 @@ def _save(op: Op) -> Callable[..., None]:
 
 
 def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
-    run = getattr(torch.ops.kreg, f"{op.name}_backward").default
+    operator = getattr(torch.ops.kreg, f"{op.name}_backward").default
     positional = [a.name for a in op.parsed.arguments if not a.kwarg_only]
+
+    def run(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return dict(zip(op.tensors, operator(*args, **kwargs), strict=True))
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
@@ -295,7 +314,11 @@ def _gradient(op: Op) -> Callable[..., tuple[torch.Tensor | None, ...]]:
 
 
 def _gradients(
-    op: Op, run: Callable[..., list[torch.Tensor]], ctx: Any, grads: tuple[torch.Tensor | None, ...], wanted: list[bool]
+    op: Op,
+    run: Callable[..., dict[str, torch.Tensor]],
+    ctx: Any,
+    grads: tuple[torch.Tensor | None, ...],
+    wanted: Sequence[bool],
 ) -> dict[str, torch.Tensor]:
     """Gradients of the wanted tensors by name; none where none flows in."""
     needs = [name in op.differentiable and want for name, want in zip(op.tensors, wanted, strict=True)]
@@ -303,7 +326,7 @@ def _gradients(
         return {}
     saved, count = ctx.saved_tensors, len(op.tensors)  # read once: a checkpoint computes them anew at each reading
     found = run(list(grads), list(saved[:count]), list(saved[count:]), needs, **ctx.attributes, kernel=ctx.kernel)
-    return {name: g for name, g, need in zip(op.tensors, found, needs, strict=True) if need}
+    return {name: found[name] for name, need in zip(op.tensors, needs, strict=True) if need}
 
 
 def direct(op: Op, constants: Mapping[str, Any]) -> Callable[..., Any]:
@@ -358,7 +381,7 @@ class _Direct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         op: Op = ctx.op
-        found = _gradients(op, partial(_call_backward, op), ctx, grads, list(ctx.needs_input_grad[3:]))
+        found = _gradients(op, partial(_gradients_of, op), ctx, grads, ctx.needs_input_grad[3:])
         return (None, None, None, *(found.get(name) for name in op.tensors))
 
 

@@ -128,9 +128,12 @@ class Op:
 
     def constant_results(self, results: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """Those of a call's results that pass no gradient on."""
-        names = [result.name for result in self.parsed.returns]
-        pairs = zip(names, results, strict=True)
-        return [t for name, t in pairs if name in self.no_gradient or not t.is_floating_point()]
+        pairs = zip(self._constant, results, strict=True)
+        return [t for constant, t in pairs if constant or not t.is_floating_point()]
+
+    @cached_property
+    def _constant(self) -> tuple[bool, ...]:
+        return tuple(result.name in self.no_gradient for result in self.parsed.returns)
 
     @cached_property
     def outputs(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
+from typing import Any
 
 from torch.fx import Node
 
@@ -17,6 +19,15 @@ SPLITS = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.chunk
 PASSING = frozenset({*LAYOUT, *POINTWISE, *SPLITS, *DROPOUTS})
 """What attention weights may go through on the way to the values."""
 
+UNCHANGED = frozenset({*LAYOUT, *DROPOUTS})
+"""What leaves weights what they are."""
+
+BETWEEN = frozenset({*CONTRACTIONS, aten.baddbmm.default})
+"""Products of queries with keys."""
+
+LEARNT = frozenset({aten.linear.default, aten.addmm.default})
+"""Products with a parameter. The logits of a dynamic convolution are such; it is no attention, and is told why."""
+
 DEPTH = 12
 """Steps between the softmax and either product, at most."""
 
@@ -26,7 +37,11 @@ def is_attention(node: Node) -> bool:
     if is_sdpa(node):
         return True
     found = softmax_of(node)
-    return found is not None and _from_product(found[0], DEPTH) and _to_product(node, DEPTH)
+    if found is None:
+        return False
+    if _from(BETWEEN, found[0], DEPTH):
+        return _to_product(node, PASSING, DEPTH)
+    return _to_product(node, UNCHANGED, DEPTH) and _from(LEARNT, found[0], DEPTH)
 
 
 def is_sdpa(node: Node) -> bool:
@@ -57,20 +72,20 @@ def is_stable(softmax: Node) -> bool:
     return largest and [d % len(source.meta["val"].shape) for d in dims if isinstance(d, int)] == [dim]
 
 
-def _from_product(node: Node, depth: int) -> bool:
+def _from(products: Collection[Any], node: Node, depth: int) -> bool:
     if node.op != "call_function" or depth == 0:
         return False
-    if node.target in CONTRACTIONS or node.target is aten.baddbmm.default:
+    if node.target in products:
         return True
     if node.target not in LAYOUT and node.target not in POINTWISE:
         return False
-    return any(_from_product(i, depth - 1) for i in node.all_input_nodes)
+    return any(_from(products, i, depth - 1) for i in node.all_input_nodes)
 
 
-def _to_product(node: Node, depth: int) -> bool:
+def _to_product(node: Node, through: Collection[Any], depth: int) -> bool:
     if depth == 0:
         return False
     for user in users(node):
-        if user.target in CONTRACTIONS or (user.target in PASSING and _to_product(user, depth - 1)):
+        if user.target in CONTRACTIONS or (user.target in through and _to_product(user, through, depth - 1)):
             return True
     return False

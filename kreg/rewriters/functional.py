@@ -35,7 +35,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kreg.rewriters.graph import STORED, aten
+from kreg.rewriters.graph import PARAMETER, STORED, aten
 from kreg.rewriters.vmapped import without_vmap
 
 for _bracket in (predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting):
@@ -74,6 +74,8 @@ def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModu
     _refuse_lost(functional)
     normalize(functional)
     _name_classes(functional)
+    for node, value in zip(functional.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta[PARAMETER] = isinstance(value, torch.nn.Parameter)
     trace_gradients(functional, inputs)
     return functional, signature
 
@@ -383,7 +385,6 @@ def _is_idle(node: Node) -> bool:
 
 def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
     """Marks the nodes through which gradients flow (``meta["trains"]``), from the inputs that require one.
-
     Also those that stop a gradient (``meta["cut"]``), which may be that of an input that requires none as yet, in a
     program that is captured without gradients and may be trained: only what the graph itself says counts.
     """
@@ -415,13 +416,30 @@ def _carries_gradient(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(_carries_gradient(v) for v in value)
 
 
+SYNONYMS = {
+    **{"absolute": "abs", "negative": "neg", "clip": "clamp", "concat": "cat", "concatenate": "cat"},
+    **{"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"},
+    **{"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"},
+}
+"""Operators of PyTorch that are another one by another name, of the same arguments."""
+
+ONE_NAME: dict[Any, Any] = {
+    getattr(getattr(aten, other), overload): getattr(getattr(aten, name), overload)
+    for other, name in SYNONYMS.items()
+    for overload in getattr(aten, other).overloads()
+    if overload in getattr(aten, name).overloads()
+}
+"""The same by overload."""
+
+
 def normalize(module: GraphModule) -> None:
     """Drops what has no meaning for a rule: metadata assertions, dead nodes, empty operands of a ``cat``.
 
-    Copies get a derivative.
+    Copies get a derivative, and what has two names gets one.
     """
     graph = module.graph
     for node in list(graph.nodes):
+        node.target = ONE_NAME.get(node.target, node.target)
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif node.target is aten.copy.default:

@@ -24,6 +24,9 @@ FIXED = "kreg_fixed"
 WRITTEN = "kreg_written"
 """Key in an input's ``meta``: the program ends by writing a new value into it."""
 
+PARAMETER = "kreg_parameter"
+"""Key in an input's ``meta``: whether it is a parameter of the model."""
+
 INERT = frozenset(
     {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 )

@@ -6,6 +6,7 @@ by a constant. An operator in no table, or a form that a row does not cover (it 
 
 from __future__ import annotations
 
+import math
 import operator
 import string
 from collections.abc import Callable
@@ -314,6 +315,11 @@ def _typed(value: int | float, dtype: torch.dtype) -> Expr:
     return n.Const(float(value) if dtype.is_floating_point else int(value))
 
 
+def _eye(lifter: Lifter, node: Node, index: Index) -> Expr:
+    own = n.eq0(n.sub(*index))
+    return own if dtype_of(node) is torch.bool else n.where(own, _typed(1, dtype_of(node)), _typed(0, dtype_of(node)))
+
+
 def _arange(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     args = _args(node)
     start = args[0] if len(args) > 1 else 0
@@ -347,6 +353,15 @@ def _floor(a: Expr, b: Expr) -> Expr:
     return n.apply("max", b, a) if isinstance(b, n.Const) else n.apply("max", a, b)
 
 
+def _ceiling(a: Expr, b: Expr) -> Expr:
+    """The smaller of two; a constant comes first."""
+    if n.is_integral(a) and n.is_integral(b):
+        return n.neg(n.larger(n.neg(a), n.neg(b)))
+    if isinstance(a, n.Const) and isinstance(b, n.Const):
+        return n.Const(min(a.value, b.value))
+    return n.apply("min", b, a) if isinstance(b, n.Const) else n.apply("min", a, b)
+
+
 COPIED = 30
 """An integer of more parts than this is not copied into the branches of a clamp."""
 
@@ -357,11 +372,10 @@ def _clamp(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     if n.is_integral(found):
         bounds = [None if bound is None else _scalar(bound) for bound in (low, high) if not isinstance(bound, float)]
         return _clamped(found, *bounds) if len(bounds) == 2 else None
-    if isinstance(low, (int, float)):
-        found = _floor(found, n.Const(low))
-    elif low is not None:
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
         return None
-    return found if high is None else None
+    found = found if low is None else _floor(found, n.Const(low))
+    return found if high is None else _ceiling(found, n.Const(high))
 
 
 def _clamped(e: Expr, low: Expr | None, high: Expr | None) -> Expr | None:
@@ -401,6 +415,10 @@ def _compare(name: str, integers: Callable[[Expr, Expr], Expr]) -> Pointwise:
             return integers(a, b)
         if isinstance(a, n.Const) and isinstance(b, n.Const):
             return n.Const(exact(a.value, b.value))
+        if n.is_integral(a) and isinstance(b, n.Const) and math.isinf(b.value):
+            return n.Const(exact(0, b.value))
+        if n.is_integral(b) and isinstance(a, n.Const) and math.isinf(a.value):
+            return n.Const(exact(a.value, 0))
         if n.is_choice(a) and isinstance(b, n.Const):
             return n.choose(a, lambda x: function(x, b))
         if n.is_choice(b) and isinstance(a, n.Const):
@@ -838,6 +856,10 @@ def _piece(lifter: Lifter, node: Node, index: Index) -> Expr | None:
         values = _source(source)
         dim = _dim(argument(source, 2, "dim", -1), len(index))
         return n.ZERO if shape_of(values)[dim] == 1 else None  # the best of one
+    if isinstance(source, Node) and source.target in (aten.meshgrid.default, aten.meshgrid.indexing):
+        axes, crossed = _args(source)[0], argument(source, 1, "indexing", "ij") == "xy"
+        dim = 1 - piece if crossed and len(axes) > 1 and piece < 2 else piece
+        return lifter.element(axes[piece], (index[dim],) if shape_of(axes[piece]) else ())
     step = _getitem(node, index)
     return None if step is None else lifter.element(*step)
 
@@ -854,7 +876,9 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_constant(0), (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)),
     (_constant(1), (aten.ones.default, aten.ones_like.default, aten.new_ones.default)),
     (_full(1), (aten.full.default, aten.full_like.default)),
+    (_full(1), (aten.fill.Scalar,)),
     (_full(2), (aten.new_full.default,)),
+    (_eye, (aten.eye.default, aten.eye.m)),
     (_full(0), (aten.scalar_tensor.default,)),
     (_binary(n.add), (aten.add.Tensor, aten.add.Scalar)),
     (_binary(n.sub), (aten.sub.Tensor, aten.sub.Scalar)),
@@ -899,6 +923,7 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
     (_piece, (operator.getitem,)),
     (_off_dropout, (aten.dropout.default, aten.feature_dropout.default)),
     (_binary(_floor), (aten.maximum.default, aten.max.other, aten.clamp_min.default)),
+    (_binary(_ceiling), (aten.minimum.default, aten.min.other, aten.clamp_max.default)),
     (_clamp, (aten.clamp.default,)),
     (_unary("relu"), (aten.relu.default,)),
     (_unary("tanh"), (aten.tanh.default,)),

@@ -20,7 +20,7 @@ from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_sdpa, logits_of
 from kreg.rewriters.arrange import Group, arrange, bind, condition, in_a_row, renamed
-from kreg.rewriters.graph import STORED, argument, aten, dtype_of, is_tensor
+from kreg.rewriters.graph import PARAMETER, STORED, argument, aten, dtype_of, is_tensor
 from kreg.rewriters.lift import broadcast
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.packed import by_places
@@ -31,6 +31,15 @@ from kreg.rewriters.stretches import Stretch
 
 ABSORBING = -1e30
 """Added to a score in any float, this or less leaves nothing of it."""
+
+SUMMED = frozenset(
+    {
+        *(aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, aten.bmm.default),
+        *(aten.einsum.default, aten.baddbmm.default, aten.layer_norm.default, aten.rms_norm.default),
+    }
+)
+"""Operators whose results, where gradients flow through them, are activations: of these no element is huge by itself,
+unless the model's are."""
 
 FAR = 1000
 """So many nodes behind a result its masks are looked for; each layer's stand before it."""
@@ -59,7 +68,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         empty = _empty(found, scores.masks, scores.biases, _read(found, scores.masks))
     if empty is None:
         raise Refused("a query may have no keys, and what the model gives then is not one thing", found.anchor)
-    terms, biases, structure = scores.masks, scores.biases, _read(found, scores.masks)
+    terms, biases, structure = scores.masks, (*scores.biases, *_sunk(found)), _read(found, scores.masks)
     operands: dict[str, Operand] = {}
     if biases:
         operands["bias"] = _sum(found, biases, found.roles.of_scores, like)
@@ -73,8 +82,24 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "offset": structure.offset,
         "empty": empty,
     }
-    masked = "mask" in operands or not all(_is_moderate(b) for b in biases)
+    masked = "mask" in operands or not all(_is_moderate(b) for b in scores.biases)
     return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like, biases))
+
+
+def _sunk(found: Attention) -> tuple[Bias, ...]:
+    """Each query's own sink as a bias: a softmax does not change when one number is taken from all its logits.
+
+    The sink itself becomes 0 by that.
+
+    Raises:
+        Refused: it may be infinite, and then nothing can be taken from.
+    """
+    if found.sinks is None or not found.sinks_by_query:
+        return ()
+    less = Bias(found.sinks, -1.0, depth=0)
+    if not _is_moderate(less, beside=aten.linear.default):
+        raise Refused("the logit without a value is one for each query, and may be infinite", found.anchor)
+    return (less,)
 
 
 def _all_kept(terms: Sequence[MaskTerm]) -> Expr:
@@ -96,9 +121,10 @@ def _empty(
 ) -> str | None:
     """The op's ``empty`` under which a query without keys gives what the model gives; None if there is none."""
     roles, moderate = found.roles, all(_is_moderate(b) for b in biases)
-    if found.scores.floored and found.sinks is None and not masks.leaves_keys(structure, roles.queries, roles.key.size):
+    leaves_keys = masks.leaves_keys(structure, roles.queries, roles.key.size)
+    if found.scores.floored and found.sinks is None and not (leaves_keys and moderate):
         return None
-    if found.sinks is not None or masks.leaves_keys(structure, roles.queries, roles.key.size):
+    if found.sinks is not None or leaves_keys:
         soft = [t for t in terms if t.value != INFINITE]
         # beside a bias that may itself mask, a finite mask does not say which keys are left
         if soft and not moderate and found.sinks is None:
@@ -121,22 +147,29 @@ def _empty(
     return "shifted" if len(terms) == 1 and not biases and value <= ABSORBING else None
 
 
-def _is_moderate(bias: Bias) -> bool:
-    """Whether a bias is made of trained parameters, integers and small constants, so that it is no mask itself."""
+def _is_moderate(bias: Bias, beside: Any = None) -> bool:
+    """Whether a bias is made of trained parameters, integers and small constants, so that it is no mask itself.
+
+    Args:
+        beside: an operator whose results are taken for ordinary numbers too.
+    """
     parts = list(bias.expression.walk())
     small = all(abs(part.value) < -masks.NEGLIGIBLE for part in parts if isinstance(part, n.Const))
-    return small and all(_is_small(part.node) for part in parts if isinstance(part, n.Load))
+    tensors = [part.node for part in parts if isinstance(part, n.Load)]
+    return small and all(node.target is beside or _is_small(node) for node in tensors)
 
 
 def _is_small(node: Node) -> bool:
-    """Whether a tensor's elements are ordinary numbers: nothing huge or untrained goes into them."""
+    """Whether a tensor's elements are ordinary numbers: nothing huge or unlearned goes into them."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
-        ordinary = current.meta.get("trains", False) or not is_tensor(current)
-        if current in seen or ordinary or not dtype_of(current).is_floating_point:
+        if current in seen or not is_tensor(current) or not dtype_of(current).is_floating_point:
             continue
         seen.add(current)
+        trains = current.meta.get("trains", False)
+        if trains and (current.meta.get(PARAMETER, False) or current.target in SUMMED):
+            continue
         if STORED in current.meta and bool((current.meta[STORED].abs() < -masks.NEGLIGIBLE).all()):
             continue
         constants = [a for a in tree_leaves([current.args, current.kwargs]) if isinstance(a, (int, float))]

@@ -6,7 +6,7 @@ the model wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from kreg.rewriters import notation as n
@@ -172,6 +172,8 @@ class _Found:
         elif (pair := _same(condition, query, key)) is not None:
             self.documents.append((condition, pair[0]))
             self.at_key.append(pair[1])
+        elif sides := _sides(condition, query, key):
+            return all(self.takes(side, query, key, batch) for side in sides)
         elif (prefix := _prefix(condition, query, key)) is not None:
             self.beside_prefix |= self.bands > 0
             self.prefixes.append(prefix[0])
@@ -245,13 +247,57 @@ def _prefix(condition: Expr, query: Expr, key: Expr) -> tuple[int, tuple[Expr, .
     """``key < prefix or (the rest)`` as (prefix, the rest's conditions)."""
     if not isinstance(condition, n.Apply) or condition.function != "or":
         return None
-    bounds = [(a, found) for a in condition.arguments if (found := _band(a, query, key)) and found[:2] == (1, 0)]
-    others = [a for a in condition.arguments if all(a is not b for b, _ in bounds)]
+    arms = [_for_all_queries(a, condition.arguments, query, key) for a in condition.arguments]
+    bounds = [(a, found) for a in arms if (found := _band(a, query, key)) and found[:2] == (1, 0)]
+    others = [a for a in arms if all(a is not b for b, _ in bounds)]
     if len(bounds) != 1 or len(others) != 1:
         return None
     inner = n.conjuncts(others[0])
     bands = all(_band(c, query, key) is not None or _chunk(c, query, key) is not None for c in inner)
     return (1 - bounds[0][1][2], inner) if bands else None
+
+
+def _sides(condition: Expr, query: Expr, key: Expr) -> tuple[Expr, ...]:
+    """``(key <= query and near on this side) or (key > query and near on that side)`` as both; () if it is no such.
+
+    That is: a side's other conditions are bands, and hold on all of the other side.
+    """
+    match condition:
+        case n.Apply("or", (n.Apply("and", one), n.Apply("and", other))):
+            for side in one:
+                opposite = n.not_(side)
+                if opposite not in other:
+                    continue
+                mine, its = [c for c in one if c != side], [c for c in other if c != opposite]
+                if all(_follows(c, opposite, query, key) for c in mine) and all(
+                    _follows(c, side, query, key) for c in its
+                ):
+                    return (*mine, *its)
+    return ()
+
+
+def _follows(condition: Expr, given: Expr, query: Expr, key: Expr) -> bool:
+    """Whether one band lies within another."""
+    wide, narrow = _band(condition, query, key), _band(given, query, key)
+    return wide is not None and narrow is not None and wide[:2] == narrow[:2] and wide[2] <= narrow[2]
+
+
+def _for_all_queries(arm: Expr, arms: Sequence[Expr], query: Expr, key: Expr) -> Expr:
+    """``key < a and query < b`` as ``key < a``, where another arm keeps these keys for all other queries anyway."""
+    match n.conjuncts(arm):
+        case (n.Apply("le0", (one,)) as first, n.Apply("le0", (two,)) as second):
+            for (of_key, last_key), (of_query, last_query), keys in (
+                (n.parts(one), n.parts(two), first),
+                (n.parts(two), n.parts(one), second),
+            ):
+                if of_key != {key: 1} or of_query != {query: 1}:
+                    continue
+                furthest = last_query - last_key - 1  # how far ahead of other queries these keys may lie
+                for other in arms:
+                    band = _band(other, query, key)
+                    if band is not None and band[:2] == (1, -1) and furthest + band[2] <= 0:
+                        return keys
+    return arm
 
 
 def _band(condition: Expr, query: Expr, key: Expr) -> tuple[int, int, int] | None:

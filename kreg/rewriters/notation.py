@@ -342,6 +342,9 @@ def mul(a: Expr, b: Expr) -> Expr:
         return Apply("mul", (a, *_flat("mul", b)))
     if is_choice(a) and is_choice(b):
         return choose(a, lambda branch: mul(branch, b))
+    for numbers, other in ((a, b), (b, a)):
+        if is_choice(numbers) and isinstance(other, Apply) and other.function == "indicator" and not _is_gate(numbers):
+            return _gated(numbers, other.arguments[0])
     left, right = _flat("mul", a), _flat("mul", b)
     constants = [f for f in (*left, *right) if isinstance(f, Const)]
     rest = tuple(f for f in (*left, *right) if not isinstance(f, Const))
@@ -355,6 +358,18 @@ def is_choice(e: Expr) -> bool:
         case Apply("where", (_, yes, no)):
             return all(isinstance(x, Const) or is_choice(x) for x in (yes, no))
     return False
+
+
+def _is_gate(choice: Expr) -> bool:
+    """Whether the numbers of a choice are 0 and 1: multiplied by one another, they stay factors."""
+    return all(not isinstance(part, Const) or part.value in (0, 1) for part in choice.children[1:]) and not any(
+        is_choice(part) for part in choice.children[1:]
+    )
+
+
+def _gated(numbers: Expr, gate: Expr) -> Expr:
+    """Each number of a choice, times 1 or 0: what is infinite becomes no number by a 0."""
+    return choose(numbers, lambda number: where(gate, number, mul(number, Const(0))))
 
 
 def choose(e: Expr, function: Callable[[Expr], Expr]) -> Expr:
@@ -726,8 +741,23 @@ def _joined(function: str, arguments: tuple[Expr, ...]) -> Expr:
             return _joined(function, tuple(known))
     if not kept:
         return neutral
+    if (joined := _with_equality(function, kept)) is not None:
+        return joined
     kept = [a for a in kept if not _absorbed(a, "or" if function == "and" else "and", kept)]
     return kept[0] if len(kept) == 1 else Apply(function, tuple(sorted(kept, key=_order)))
+
+
+def _with_equality(function: str, kept: list[Expr]) -> Expr | None:
+    """x < 0 or x == 0 is x <= 0; x <= 0 and x != 0 is x < 0."""
+    for a in kept:
+        match a if function == "or" else not_(a):
+            case Apply("eq0", (e,)):
+                for x in (e, neg(e)):
+                    bounds = le0(add(x, ONE)), le0(x)
+                    old, new = bounds if function == "or" else reversed(bounds)
+                    if old in kept:
+                        return _joined(function, (*(b for b in kept if b not in (a, old)), new))
+    return None
 
 
 def assuming(e: Expr, facts: Sequence[Expr]) -> Expr:

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes, site_id
 from kreg.rewriters.functional import drop_idle_switches, functionalize, trace_gradients
-from kreg.rewriters.graph import FIXED, NOTE, STORED, WRITTEN
+from kreg.rewriters.graph import FIXED, NOTE, PARAMETER, STORED, WRITTEN
 from kreg.rewriters.report import Report
 from kreg.version import __version__
 
@@ -71,6 +71,7 @@ def functional(program: ExportedProgram) -> Functional:
     module.recompile()
     specs = program.graph_signature.input_specs
     for position, spec in enumerate(specs):
+        inputs[position].meta[PARAMETER] = spec.kind is InputKind.PARAMETER
         if position in signature.written:
             inputs[position].meta[WRITTEN] = True
         elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):

@@ -104,7 +104,8 @@ def assign(index: Index, weights: Index, key: Var, scores: Scores, v: Expr, sink
     shared = [x for x in outer if x not in per_query]
     query = _query(per_query, key, scores)
     repeats = tuple(x for x in per_query if x not in query)
-    heads = _heads(shared, per_query, key, scores, sink)
+    by_query = sink is not None and bool(sink.variables & set(query))
+    heads = _heads(shared, per_query, key, scores, None if by_query else sink)
     batch = tuple(x for x in shared if x not in heads)
     return Roles(batch, heads, repeats, query, key, scores.product.channels, channel)
 

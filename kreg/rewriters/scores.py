@@ -21,6 +21,8 @@ from kreg.rewriters.site import Refused
 from kreg.rewriters.stretches import Stretch, join, lifted_on, split
 
 INFINITE = float("-inf")
+TOPS = frozenset({torch.ops.aten.amax.default, torch.ops.aten.max.dim, torch.ops.aten.max.default})
+"""What gives the largest of some numbers."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Scores:
         scale, softcap: of the product; 0 for no cap.
         masks, biases: outermost first.
         shift: terms that all keys share.
-        floored: whether masked scores become one number, by a maximum or by a multiplication with 0.
+        floored: whether what a mask or a bias makes of scores becomes one number, by a maximum or by a multiplication
+            with 0.
     """
 
     product: Product
@@ -121,6 +124,7 @@ class _Terms:
     biases: list[Bias] = field(default_factory=list)
     shift: list[Expr] = field(default_factory=list)
     cores: list[Bias] = field(default_factory=list)
+    floor: bool = False  # around some of these
     floored: bool = False
 
     def collect(self, e: Expr, factor: float, depth: int) -> None:
@@ -143,9 +147,8 @@ class _Terms:
             case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
                 return
-            case n.Apply("max", (n.Const(value), x)) if value * factor <= NEGLIGIBLE:
-                self.floored = True
-                self.collect(x, factor, depth)
+            case n.Apply("max" | "min", (n.Const(value), x)) if self._is_far(e, x, value * factor, factor):
+                self._within(x, factor, depth, floor=value * factor < 0)
                 return
             case n.Apply("where", (c, x, n.Const(value))) if self._is_fill(c, x, value * factor):
                 self._fill(c, x, value, factor, depth)
@@ -214,6 +217,18 @@ class _Terms:
         """A mask around the scores, or around a bias by nothing but places; a bias that data masks stays one tensor."""
         return value <= NEGLIGIBLE and (has_product(x) or not any(isinstance(part, n.Load) for part in c.walk()))
 
+    def _is_far(self, e: n.Apply, x: Expr, bound: float, factor: float) -> bool:
+        """A bound that no ordinary score reaches, around the scores or a mask; a bias with bounds stays one tensor."""
+        from_below = (e.function == "max") == (factor > 0)
+        far = bound <= NEGLIGIBLE if from_below else bound >= -NEGLIGIBLE
+        return far and (has_product(x) or keep_of(x) is not None)
+
+    def _within(self, x: Expr, factor: float, depth: int, floor: bool) -> None:
+        before = len(self.masks) + len(self.biases)
+        self.collect(x, factor, depth)
+        self.floor |= floor
+        self.floored |= floor and len(self.masks) + len(self.biases) > before
+
     def _fill(self, keep: Expr, x: Expr, value: float, factor: float, depth: int) -> None:
         added = not has_product(x)
         self.masks.append(MaskTerm(keep, keep, value * factor, added=added, depth=depth))
@@ -276,7 +291,7 @@ def take_apart(
             masks=masks,
             biases=(*terms.biases, *found.biases, *others),
             shift=tuple(terms.shift),
-            floored=terms.floored or found.floored or bool(conditions),
+            floored=terms.floored or found.floored or bool(conditions) or (terms.floor and _may_mask(found)),
         )
     raise refusal
 
@@ -368,6 +383,10 @@ def _joined(biases: Sequence[Bias]) -> list[Bias]:
     return list(found.values())
 
 
+def _may_mask(scores: Scores) -> bool:
+    return bool(scores.masks or scores.biases)
+
+
 def _is_top(shift: Expr) -> bool:
     """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or a parameter."""
     _, e = n.scaled(shift)
@@ -376,7 +395,7 @@ def _is_top(shift: Expr) -> bool:
     node = e.node
     while node.target in (operator.getitem, torch.ops.aten.detach.default):
         node = node.all_input_nodes[0]
-    return node.op == "placeholder" or node.target in (torch.ops.aten.amax.default, torch.ops.aten.max.dim)
+    return node.op == "placeholder" or node.target in TOPS
 
 
 def gate(e: Expr) -> Expr | None:

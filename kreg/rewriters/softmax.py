@@ -84,6 +84,11 @@ class Attention:
             raise Refused("the values are in several tensors", self.anchor)
         return self.values
 
+    @property
+    def sinks_by_query(self) -> bool:
+        """Whether each query has a sink of its own."""
+        return self.sinks is not None and bool(self.sinks.variables & set(self.roles.query))
+
     @cached_property
     def region(self) -> frozenset[Node]:
         """The nodes that compute the result from queries, keys, values, and whatever else the graph reads."""

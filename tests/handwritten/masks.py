@@ -73,10 +73,16 @@ KINDS: dict[str, Kind] = {
     "sliding after a cache": Kind(lambda i, j: (j <= i) & (i - j < WINDOW), "sliding", facts=SLIDING, memory=True),
     "window both ways": Kind(lambda i, j: (i - j).abs() < WINDOW, "window"),
     "window of two sides": Kind(lambda i, j: (i - j <= 4) & (j - i <= 2), "window"),
+    "window by sides": Kind(lambda i, j: ((j <= i) & (i - j <= 4)) | ((j > i) & (j - i <= 2)), "window"),
+    "one side of a window not near": Kind(
+        lambda i, j: ((j <= i) & (i - j >= 2)) | ((j > i) & (j - i <= 2)) | (i == j), "dilated"
+    ),
     "dilated": Kind(lambda i, j: (j <= i) & ((i - j) % 3 == 0), "dilated"),
     "chunked": Kind(lambda i, j: (j <= i) & (i // CHUNK == j // CHUNK), "chunked"),
     "chunked both ways": Kind(lambda i, j: i // CHUNK == j // CHUNK, "blocks"),
     "prefix": Kind(lambda i, j: (j <= i) | (j < PREFIX), "prefix"),
+    "prefix of queries too": Kind(lambda i, j: (j <= i) | ((j < PREFIX) & (i < PREFIX)), "prefix"),
+    "prefix longer than its queries": Kind(lambda i, j: (j <= i) | ((j < PREFIX + 2) & (i < PREFIX)), "dilated"),
     "block-causal": Kind(lambda i, j: j // CHUNK <= i // CHUNK, "block-causal"),
     "entries begun": Kind(lambda i, j: j * RATIO <= i, "block-causal"),
     "sliding in chunks": Kind(lambda i, j: (j <= i) & (i - j < WINDOW) & (i // CHUNK == j // CHUNK), "sliding chunked"),
@@ -185,6 +191,12 @@ CAUSAL_KEPT: dict[str, Callable[[int], Tensor]] = {
     "difference": lambda n: (torch.arange(n)[:, None] - torch.arange(n)[None]).ge(0),
     "difference clamped": lambda n: (torch.arange(n)[None] - torch.arange(n)[:, None]).clamp(min=0) == 0,
     "meshgrid": _by_meshgrid,
+    "meshgrid crossed": lambda n: torch.le(*torch.meshgrid(torch.arange(n), torch.arange(n), indexing="xy")),
+    "by other names": lambda n: torch.less_equal(torch.subtract(torch.arange(n), torch.arange(n)[:, None]), 0),
+    "before or equal": lambda n: (torch.arange(n)[:, None] > torch.arange(n)) | torch.eye(n, dtype=torch.bool),
+    "below infinity too": lambda n: (
+        (torch.arange(n) <= torch.arange(n)[:, None]) & (torch.arange(n) < float("inf")) & (torch.arange(n) > -INF)
+    ),
     "expanded": lambda n: torch.arange(n).expand(n, n) <= torch.arange(n).unsqueeze(-1).expand(n, n),
     "repeated": lambda n: torch.arange(n).repeat(n, 1).t() >= torch.arange(n).repeat(n, 1),
     "counted": lambda n: torch.ones(n, n).cumsum(0) >= torch.ones(n, n).cumsum(1),

@@ -103,7 +103,7 @@ def test_a_reset_of_dynamo_leaves_nothing_behind(rewritten):
 
 
 def test_a_stance_is_heard(rewritten):
-    model, original, wrapped = rewritten
+    model, original, _ = rewritten
     same(model, original)
     before = kreg.report(model).calls
     with torch.compiler.set_stance("force_eager"):

@@ -84,6 +84,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "less": lambda a, b: a < b,
     "equal": lambda a, b: a == b,
     "relu": lambda a: max(a, 0.0),
+    "max": max,
+    "min": min,
     "tanh": math.tanh,
     "exp": math.exp,
     "abs": abs,

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import kreg
 from kreg.rewriters import functional
-from kreg.rewriters.functional import Signature, functionalize, normalize, without_idle_dropout
+from kreg.rewriters.functional import ONE_NAME, Signature, functionalize, normalize, without_idle_dropout
 from kreg.rewriters.graph import aten
 
 Function = Callable[..., Any]
@@ -341,6 +341,25 @@ def test_a_trace_that_fails_leaves_gradients_on_and_vmap_off() -> None:
         functionalize(GraphModule(nn.Module(), graph), [torch._subclasses.FakeTensorMode().from_tensor(tensor(4, 3))])
     assert torch.is_grad_enabled()
     torch.rand(1)  # raises under vmap
+
+
+def test_an_operator_of_two_names_is_called_by_one_of_them() -> None:
+    def by_other_names(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        positive = torch.multiply(torch.absolute(x), torch.clip(torch.subtract(x, y, alpha=2), 0.5, 3.0))
+        where = torch.logical_and(torch.greater(x, y), torch.not_equal(torch.negative(x), 0))
+        return torch.concat([torch.divide(positive, 2, rounding_mode="floor"), where.to(x.dtype)], -1)
+
+    graph, _ = check(by_other_names, tensor(3, 4), tensor(3, 4, seed=1))
+    assert not {*calls(graph)} & ONE_NAME.keys()
+    assert {aten.mul.Tensor, aten.abs.default, aten.clamp.default, aten.cat.default} <= {*calls(graph)}
+
+
+def test_operators_that_are_called_by_another_name_take_the_same_arguments() -> None:
+    def arguments(operator: OpOverload) -> list[tuple[str, str, object]]:
+        return [(a.name, str(a.type), a.default_value) for a in operator._schema.arguments]
+
+    for other, name in ONE_NAME.items():
+        assert arguments(other) == arguments(name), other
 
 
 def test_modules_and_lines_of_the_code_are_kept_with_the_nodes() -> None:

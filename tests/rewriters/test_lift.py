@@ -243,6 +243,10 @@ CASES: dict[str, Case] = {
         ),
         {"causal": True, "window": 4},
     ),
+    "a mask within bounds": Case(
+        lambda x: torch.clamp(torch.where(band(x.shape[1], x.shape[1]) > 0, -1e9, 3e9), MIN, 0.0),
+        None,
+    ),
     "no mask at all": Case(lambda x: torch.zeros(x.shape[1], x.shape[1]), {}),
     "padding looked up by index": Case(transformers_style, {"causal": True, "window": 4, "padding": 1}, (X, PADDING)),
     "padding broadcast": Case(

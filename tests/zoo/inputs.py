@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.zoo.examples import INPUTS
 from tests.zoo.families import Specimen
-from tests.zoo.overrides import INPUTS
 from tests.zoo.shrink import LENGTH, special_tokens, sub_configs
 
 BATCH = 2
@@ -39,7 +39,13 @@ def candidates(model: nn.Module, specimen: Specimen, text_only: bool = False) ->
         return
     if about.family in ("multimodal", "other") and "pixel_values" in about.parameters and _tokens_of_images(about):
         yield from _with_images(about)
-    yield from itertools.islice(_combined(about), MOST)
+    needed = _needed(about)
+    if not {"grid_thw", "image_grid_thw"}.isdisjoint(_required(about)):
+        yield from _image_inputs(about)
+    yield from itertools.islice(_combined(about, needed), MOST)
+    more = [name for name in about.parameters if name in needed or name in MODALITIES]
+    if more != needed:
+        yield from itertools.islice(_combined(about, more), MOST)
     if about.family == "multimodal" and "input_ids" in about.parameters:
         yield {"input_ids": tokens(about.config)}
 
@@ -65,20 +71,34 @@ def _fields(config: Any, names: tuple[str, ...]) -> Iterator[Any]:
         yield from _fields(part, names)
 
 
-def _combined(about: _About) -> Iterator[Inputs]:
-    """All combinations of what the needed parameters may be."""
-    names = [name for name in _needed(about) if name in MAKERS]
+def _combined(about: _About, wanted: list[str]) -> Iterator[Inputs]:
+    """All combinations of what parameters may be, with masks that fit them."""
+    names = [name for name in wanted if name in MAKERS]
+    masks = {name: MASKED[name] for name in about.parameters if name in MASKED}
     for choice in itertools.product(*(list(MAKERS[name](about)) for name in names)):
-        yield dict(zip(names, choice, strict=True))
+        made = dict(zip(names, choice, strict=True))
+        yield made
+        for along in (1, 2):
+            ones = {
+                mask: torch.ones(made[of].shape[0], made[of].shape[along], dtype=torch.long)
+                for mask, of in masks.items()
+                if of in made and made[of].dim() > along
+            }
+            if ones:
+                yield made | ones
+
+
+def _required(about: _About) -> set[str]:
+    given = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {
+        name for name, p in about.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in given
+    }
 
 
 def _needed(about: _About) -> list[str]:
-    given = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    required = {
-        name for name, p in about.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in given
-    }
+    required = _required(about)
     main = about.model.main_input_name
-    required |= {main} if isinstance(main, str) else set(main)
+    required = required | ({main} if isinstance(main, str) else set(main))
     wanted = WITH.get(about.family, set())
     if "decoder_input_ids" in about.parameters and getattr(about.config, "is_encoder_decoder", False):
         wanted = wanted | {"decoder_input_ids"}
@@ -91,6 +111,17 @@ WITH: dict[str, set[str]] = {
     "other": set(),
 }
 """What is passed by family although a model can do without."""
+
+MODALITIES = {"input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values", "bbox"}
+"""What is passed if a model does not take what it says that it needs."""
+
+MASKED = {
+    "input_features_mask": "input_features",
+    "audio_mel_mask": "audio_mel",
+    "feature_attention_mask": "input_features",
+    "padding_mask": "input_values",
+}
+"""Masks that have the length of another input."""
 
 
 def _text(about: _About) -> Iterator[torch.Tensor]:
@@ -154,6 +185,7 @@ MAKERS: dict[str, Callable[[_About], Iterator[Any]]] = {
     "pixel_values_videos": _videos,
     "pixel_mask": lambda about: iter([torch.ones(BATCH, *_image_size(about), dtype=torch.long)]),
     "input_features": _features,
+    "audio_mel": _features,
     "input_values": _waves,
     "bbox": _boxes,
     "inputs_embeds": lambda about: iter([_floats(BATCH, LENGTH, about.find("hidden_size", default=64))]),
@@ -193,13 +225,14 @@ def _with_images(about: _About) -> Iterator[Inputs]:
 def _image_inputs(about: _About) -> Iterator[Inputs]:
     """Images as a vision tower takes them: whole, in tiles, or as rows of patches with their grid."""
     channels = _channels(about)
+    pixels = next((name for name in ("pixel_values", "hidden_states") if name in about.parameters), "pixel_values")
     grid = next((name for name in ("image_grid_thw", "grid_thw") if name in about.parameters), None)
     if grid is not None:
         patch, frames = about.find("patch_size", default=14), about.find("temporal_patch_size", default=1)
-        for depth in dict.fromkeys((frames, 1)):
+        for depth in dict.fromkeys((frames, 1, 2)):
             row = channels * depth * patch * patch
-            yield {"pixel_values": _floats(BATCH * 64, row), grid: torch.tensor([[1, 8, 8]] * BATCH)}
-        yield {"pixel_values": _floats(BATCH * 64, channels, patch, patch), grid: torch.tensor([[1, 8, 8]] * BATCH)}
+            yield {pixels: _floats(BATCH * 64, row), grid: torch.tensor([[1, 8, 8]] * BATCH)}
+        yield {pixels: _floats(BATCH * 64, channels, patch, patch), grid: torch.tensor([[1, 8, 8]] * BATCH)}
         return
     height, width = _image_size(about)
     sizes = {"image_sizes": torch.tensor([[height, width]] * BATCH)} if "image_sizes" in about.parameters else {}
@@ -241,11 +274,19 @@ def _drawn(kind: str, *shape: int) -> torch.Tensor:
 
 KINDS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "float": lambda shape: _floats(*shape),
+    "positive": lambda shape: _floats(*shape).abs(),
     "ids": lambda shape: torch.randint(6, 60, shape, generator=torch.Generator().manual_seed(0)),
+    "image": lambda shape: torch.cat([torch.full((shape[0], 64), 127), KINDS["ids"]((shape[0], shape[1] - 64))], 1),
     "mask": lambda shape: torch.ones(shape, dtype=torch.long),
     "ones": torch.ones,
     "true": lambda shape: torch.ones(shape, dtype=torch.bool),
     "zeros": lambda shape: torch.zeros(shape, dtype=torch.long),
+    "false": lambda shape: torch.zeros(shape, dtype=torch.bool),
+    "first8": lambda shape: (torch.arange(shape[-1]) < 8).expand(shape).clone(),
     "eights": lambda shape: torch.full(shape, 8),
+    "grid": lambda shape: torch.tensor([1, 8, 8]).expand(shape).clone(),
+    "square": lambda shape: torch.stack(
+        [torch.arange(shape[1]) % round(shape[1] ** 0.5), torch.arange(shape[1]) // round(shape[1] ** 0.5)], -1
+    ).repeat(shape[0], 1, 1),
 }
 """What the table of inputs may ask for, by shape."""

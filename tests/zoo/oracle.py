@@ -12,7 +12,8 @@ An attention is one of these, each call counted once and nothing inside it again
 So these count as attention, though some would call them pooling or routing: a softmax over one key, a softmax-weighted
 sum of tokens if it is written as a matrix product, experts that are mixed by one. Each is recorded with its kind,
 module and shapes, to be looked at. These do not count: a softmax whose weights are multiplied and summed pointwise; one
-that meets nothing but a parameter (a projection of probabilities: that is what talking heads do before the values).
+that meets nothing but parameters and constants (a projection of probabilities: that is what talking heads do before
+the values, and how a number is read off a distribution over bins).
 
 What is computed and then not used (the last layer of a vision tower of which an earlier one is read) is told apart:
 nothing that the model returns has a derivative by it. That alone is no proof, since codes and choices have no
@@ -169,6 +170,11 @@ FUSED = {
     "_transformer_encoder_layer_fwd",
 }
 PRODUCT = {"matmul", "bmm", "mm", "mv", "baddbmm", "addbmm", "addmm", "einsum", "tensordot", "linear", "dot", "inner"}
+CONSTANT = {
+    *("zeros", "ones", "full", "eye", "arange", "linspace", "logspace", "zeros_like", "ones_like", "full_like"),
+    *("new_zeros", "new_ones", "new_full"),
+}
+"""What makes a tensor out of no tensor's values."""
 TOPK = {"topk", "sort", "argsort"}
 RECTIFIER = {"relu", "relu_", "clamp_min", "threshold"}
 POINTWISE = {
@@ -199,7 +205,7 @@ class _Mark:
         sums: softmaxes of which this is a sum along another axis than their own.
         product: whether it derives from a product of two things that depend on the input.
         relu: whether it was rectified since.
-        fixed: whether it derives from parameters alone.
+        fixed: whether it derives from parameters and constants alone.
     """
 
     softmaxes: frozenset[int] = frozenset()
@@ -266,6 +272,8 @@ class _Watch(TorchFunctionMode):
             self._attention(name, tensors, args, kwargs, result)
         elif name in PRODUCT:
             self._product(name, tensors, result)
+        elif name in CONSTANT:
+            self._put(result, _Mark(fixed=True))
         elif name in TOPK:
             self._topk(name, tensors, args, kwargs)
         elif name == "setitem":

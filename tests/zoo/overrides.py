@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
+
+from tests.zoo import perception
 
 CONFIG: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -56,19 +59,20 @@ CONFIG: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
-    "glm5_next": {
-        "text_config.index_kpool": 4,
-        "text_config.hc_mult": 2,
-        "text_config.hc_sinkhorn_iters": 3,
-    },
+    "glm5_next_text": {"index_kpool": 4, "hc_mult": 2, "hc_sinkhorn_iters": 3},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_hidden_layers": 1, "H_cycles": 2, "L_cycles": 2, "L_bp_cycles": [2]},
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2},
+    "informer": {"distil": False},  # traced masks are not halved with the sequence
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
-    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.num_key_value_heads": 2},
+    "hunyuan_vl_text": {
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]},
+    },
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {
@@ -108,125 +112,44 @@ CONFIG: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
         "attention_hidden_size": 128,
     },
-    "dots3_note": {
-        "vision_config.adapter_in_dim": 64,
-        "vision_config.adapter_out_dim": 64,
-        "vision_config.mlp_layer_types": ["dense", "sparse"],
-        "audio_config.adapter_input_size": 64,
-        "audio_config.adapter_output_size": 64,
-    },
-    "glm4v_moe": {
-        "text_config.rope_parameters": {
+    "glm4v_moe_text": {
+        "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
             "mrope_section": [2, 1, 1],
         },
     },
-    "instructblipvideo": {"video_token_index": 127, "num_query_tokens": 8},
-    "mimi": {"upsample_groups": 64},
 }
+CONFIG |= perception.CONFIG
 """Fields by architecture."""
 
 SHARED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     # Sections of the rotary embedding have a default in the model, not in the configuration.
     (
-        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
-        {
-            "text_config.rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [4, 2, 2],
-            },
-        },
+        (
+            "glm4v_text",
+            "glm_image_text",
+            "glm_ocr_text",
+            "paddleocr_vl_text",
+            "qwen2_5_omni_text",
+            "qwen2_5_vl_text",
+            "qwen2_vl_text",
+        ),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}},
     ),
     # The token of images is not set, and the number of queries decides how often it has to be there.
     (("blip-2", "instructblip"), {"image_token_index": 127, "num_query_tokens": 8}),
-    (("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 128}),
-    # As many groups as channels.
-    (("csm", "kyutai_speech_to_text"), {"codec_config.upsample_groups": 64}),
-    # Widths are given by stage, and stay.
     (
-        ("sam2", "sam2_video", "edgetam_video"),
-        {
-            "vision_config.backbone_config.hidden_size": 96,
-            "vision_config.backbone_config.image_size": [256, 256],
-            "vision_config.backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
-            "prompt_encoder_config.image_size": 256,
-        },
+        ("autoformer", "informer", "time_series_transformer"),
+        {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1},
     ),
+    *perception.SHARED,
 )
 """Fields of several architectures."""
 
-PARTS: dict[str, dict[str, str]] = {
-    "qwen4_exp": {"text_config": "qwen4_exp_text"},
-    "cohere_compass": {"text_config": "cohere_compass_text"},
-    "minimax_m3_vl": {"text_config": "minimax_m3_vl_text"},
-    "gemma3n": {"text_config": "gemma3n_text"},
-    "gemma4": {"text_config": "gemma4_text"},
-    "gemma4_unified": {"text_config": "gemma4_unified_text"},
-    "dots3_note": {"text_config": "dots3_note_text"},
-}
-"""Nested configurations that take another row of the table."""
-
 
 def overrides_for(name: str) -> dict[str, Any]:
-    """All rows that concern an architecture."""
-    nested = {
-        f"{part}.{field}": value
-        for part, row in PARTS.get(name, {}).items()
-        for field, value in CONFIG.get(row, {}).items()
-    }
+    """All rows that concern an architecture, or a configuration of this type that is nested in another one."""
     shared = {field: value for names, row in SHARED if name in names for field, value in row.items()}
-    return nested | shared | CONFIG.get(name, {})
-
-
-INPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    # Without a mask of padding they make one in eager Python and none while they are traced.
-    "seq2seq/longt5": {
-        "input_ids": ("ids", 2, 48),
-        "attention_mask": ("mask", 2, 48),
-        "decoder_input_ids": ("ids", 2, 32),
-    },
-    "seq2seq/switch_transformers": {
-        "input_ids": ("ids", 2, 48),
-        "attention_mask": ("mask", 2, 48),
-        "decoder_input_ids": ("ids", 2, 32),
-    },
-    "audio/seamless_m4t": {"input_features": ("float", 2, 48, 160), "decoder_input_ids": ("ids", 2, 32)},
-    "audio/seamless_m4t_v2": {"input_features": ("float", 2, 48, 160), "decoder_input_ids": ("ids", 2, 32)},
-    "audio/musicgen_melody": {"input_ids": ("ids", 2, 24), "decoder_input_ids": ("ids", 8, 32)},
-    "audio/musicgen": {"input_ids": ("ids", 2, 24), "decoder_input_ids": ("ids", 8, 32)},
-    "audio/granite_speech5_ctc": {"input_features": ("float", 2, 96, 320)},
-    "vision/shieldgemma2": {"input_ids": ("ids", 2, 48)},
-    "vision/siglip2": {
-        "pixel_values": ("float", 2, 64, 768),
-        "pixel_attention_mask": ("mask", 2, 64),
-        "spatial_shapes": ("eights", 2, 2),
-    },
-    "audio/wav2vec2-bert": {"input_features": ("float", 2, 48, 160)},
-    "causal/musicgen": {"input_ids": ("ids", 8, 48)},  # batch times codebooks
-    "causal/musicgen_melody": {"input_ids": ("ids", 8, 48)},
-}
-INPUTS |= {
-    f"{family}/{name}": value
-    for family in ("multimodal", "other")
-    for name, value in {
-        "owlv2": {"input_ids": ("ids", 2, 16), "pixel_values": ("float", 2, 3, 128, 128)},
-        "owlvit": {"input_ids": ("ids", 2, 16), "pixel_values": ("float", 2, 3, 256, 256)},
-        "pix2struct": {"flattened_patches": ("float", 2, 48, 770), "decoder_input_ids": ("ids", 2, 32)},
-        "siglip2": {
-            "input_ids": ("ids", 2, 24),
-            "pixel_values": ("float", 2, 64, 768),
-            "pixel_attention_mask": ("mask", 2, 64),
-            "spatial_shapes": ("eights", 2, 2),
-        },
-        "siglip2_vision_model": {
-            "pixel_values": ("float", 2, 64, 768),
-            "pixel_attention_mask": ("mask", 2, 64),
-            "spatial_shapes": ("eights", 2, 2),
-        },
-        "vilt": {"input_ids": ("ids", 2, 24), "pixel_values": ("float", 2, 3, 256, 256)},
-    }.items()
-}
-"""Inputs by family and name: a kind and a shape, see `inputs`."""
+    return deepcopy(shared | CONFIG.get(name, {}))  # configurations change what they are given

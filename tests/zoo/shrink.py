@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tests.zoo.overrides import overrides_for
+
 Value = Any
 
 VOCAB, HIDDEN, WIDE, HEADS, HEAD_DIM = 128, 64, 96, 4, 16
@@ -44,7 +46,7 @@ def _image(value: int, fields: Mapping[str, Value]) -> int:
 COUNTS = r"(num_)?(hidden_layers|layers|blocks)|n_layers?|(num_)?(encoder|decoder|.*_num)_(hidden_)?layers|depth"
 
 _FIELDS: tuple[tuple[str, Rule], ...] = (
-    (COUNTS + r"|resampler_depth|decoder_depth|num_.*_hidden_layers|max_window_layers", cap(2)),
+    (COUNTS + r"|resampler_depth|decoder_depth|num_.*_hidden_layers|max_window_layers|[lrx]_layers", cap(2)),
     (r"vocab_size.*|.*_vocab_size|.*vocab_size_base|.*_hash_byte_group_vocab", cap(VOCAB)),
     (r".*(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length)", cap(512)),
     (r"max_(source|target)_positions", cap(64)),
@@ -84,6 +86,8 @@ _FIELDS: tuple[tuple[str, Rule], ...] = (
     (r"time_step_rank|mamba_dt_rank", cap(4)),
     (r"image_size|img_size", _image),
     (r"out_hidden_size", cap(HIDDEN)),
+    # As many as there are pieces of an image to choose them from.
+    (r"num_queries", cap(12)),
 )
 """What becomes of an integer field: the first row whose pattern is the whole name."""
 
@@ -100,12 +104,23 @@ def shrunk(config_class: type, overrides: Mapping[str, Value], *, widths: bool =
         overrides: fields to be set whatever the rules say; dotted names reach into nested configurations.
         widths: whether widths shrink too, not only depths, vocabularies and positions.
     """
-    own = {name: value for name, value in overrides.items() if "." not in name}
     try:
         default = config_class()
     except Exception:  # a class that has no defaults of its own
-        default = config_class(**own)
+        default = config_class(**_nested(overrides))
     return config_class(**_changes(default, overrides, widths))
+
+
+def _nested(overrides: Mapping[str, Value]) -> dict[str, Value]:
+    """Dotted names as dictionaries in dictionaries."""
+    result: dict[str, Value] = {}
+    for name, value in overrides.items():
+        *path, field = name.split(".")
+        within = result
+        for part in path:
+            within = within.setdefault(part, {})
+        within[field] = value
+    return result
 
 
 def _changes(default: Any, overrides: Mapping[str, Value], widths: bool) -> dict[str, Value]:
@@ -114,7 +129,8 @@ def _changes(default: Any, overrides: Mapping[str, Value], widths: bool) -> dict
     changes: dict[str, Value] = {}
     for name, sub in sub_configs(default).items():
         within = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
-        given = _given(default, name)
+        within = overrides_for(sub.model_type) | within
+        given = _given(default, name, sub)
         changes[name] = type(sub)(**(given | _changes(sub, within | _outputs(sub, given), widths)))
     for name, value in fields.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -131,9 +147,11 @@ def _changes(default: Any, overrides: Mapping[str, Value], widths: bool) -> dict
     return changes | _tokens(fields, changes)
 
 
-def _given(config: Any, part: str) -> dict[str, Value]:
+def _given(config: Any, part: str, sub: Any) -> dict[str, Value]:
     """What a configuration sets in a part of its own accord."""
     spec = type(config).sub_configs_defaults.get(part)
+    if spec is not None and spec.model_type != sub.model_type:  # meant for a part of another kind
+        return {}
     return dict(getattr(spec, "init_kwargs", None) or {})
 
 
@@ -220,7 +238,7 @@ def _tokens(fields: Mapping[str, Value], changes: Mapping[str, Value]) -> dict[s
         value = changes.get(name, fields[name])
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(v, int) and v >= limit for v in values):
-            result[name] = next(free)
+            result[name] = next(free, 0)
     return result
 
 

@@ -139,6 +139,11 @@ def projected_probabilities(x: Tensor, w: Tensor) -> Tensor:
     return F.linear((x @ w).softmax(-1), w)
 
 
+def mean_of_bins(x: Tensor, w: Tensor) -> Tensor:
+    bins = torch.cat([-w[0, :1].abs() * 2, torch.zeros_like(w[0, :1]), torch.arange(6.0)])
+    return F.linear(x.softmax(-1), bins)
+
+
 def sinkhorn(x: Tensor, w: Tensor) -> Tensor:
     mixing = (x @ x.mT).softmax(-1)
     mixing = mixing / (mixing.sum(-2, keepdim=True) + 1e-6)
@@ -149,7 +154,10 @@ def no_softmax(x: Tensor, w: Tensor) -> Tensor:
     return (x @ x.mT).sigmoid() @ x
 
 
-@pytest.mark.parametrize("function", [pointwise_sum, routing, projected_probabilities, sinkhorn, no_softmax])
+NO_KEYS = [pointwise_sum, routing, projected_probabilities, mean_of_bins, sinkhorn, no_softmax]
+
+
+@pytest.mark.parametrize("function", NO_KEYS)
 def test_what_is_no_distribution_over_keys_does_not_count(function: Callable[..., Tensor]) -> None:
     found = counted(function)
     assert found.attentions == ()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.zoo.build import Implementation, build, find, specimens
+from tests.zoo.examples import INPUTS
 from tests.zoo.measure import Record, measure
-from tests.zoo.overrides import CONFIG, INPUTS, PARTS, SHARED
+from tests.zoo.overrides import CONFIG, SHARED
 from tests.zoo.score import is_verified, mask_is_proven, score
 from tests.zoo.shrink import TOPK
 
@@ -99,7 +100,7 @@ def test_specimens_have_ids_of_their_own() -> None:
 def test_overrides_are_of_architectures_that_there_are() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    names = set(CONFIG) | set(PARTS) | {name for shared, _ in SHARED for name in shared}
+    names = set(CONFIG) | {name for shared, _ in SHARED for name in shared}
     assert {name for name in names if name not in CONFIG_MAPPING} == set()
     # Rows for two families hold architectures that are in one of them.
     known = {specimen.name for specimen in specimens()}

@@ -3,6 +3,10 @@
 What it leaves over: sinks are a rescaling by the log-sum-exp; a query that keeps no key and yet has weights, and scores
 so large that the log-sum-exp is rounded, are the tiled kernel's (which runs on any device). Gradients come from
 FlexAttention's own autograd, so its forward is run again for them.
+
+The host waits for the device in two kinds of calls, to read from the log-sum-exp which kernel answers: with a bias (an
+additive mask may cover rows wholly, and weights cannot be computed from an lse of -3e38, nor does any argument tell
+beforehand), and where queries may keep no key and do not give 0. Such a call cannot be captured as a CUDA graph.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kreg.errors import KregError
+from kreg.kernels.gpu.digest import digest
 from kreg.kernels.gpu.launch import Launch
 from kreg.kernels.gpu.targets import Target
 
@@ -23,24 +25,23 @@ class Binary:
     """What a compiled kernel takes of a GPU.
 
     Attributes:
-        kernel: its function; ``target``: the architecture; ``config``: as in the table; ``label``: its row there.
-        types: the launch's tensors and their types, "q:bf16".
+        target: the architecture; ``kernel``: its function; ``config``: as in the table.
+        types: of what the launch's pointers point to, each once: "bf16 i64 fp32".
+        digest: of everything that the compiler saw; see `kreg.kernels.gpu.digest`.
         shared_bytes: shared memory of a block, static and dynamic.
         registers: 32-bit registers of a thread.
         spilled_bytes: memory of a thread's own, which registers that did not fit are kept in.
-        code_bytes: size of the binary.
         threads: of a block.
     """
 
-    kernel: str
     target: str
-    label: str
+    kernel: str
     config: str
     types: str
+    digest: str
     shared_bytes: int
     registers: int
     spilled_bytes: int
-    code_bytes: int
     threads: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,55 +49,98 @@ class Binary:
         return asdict(self)
 
 
-def compile_for(launch: Launch, target: Target) -> Binary:
-    """Compile a launch as Triton's runtime would on a GPU of this kind, and read its resources.
+@dataclass(frozen=True)
+class Specialised:
+    """A launch as the compiler sees it.
+
+    Attributes:
+        source: Triton's ``ASTSource``: function, types, constants, and what is known of sizes and pointers.
+        options: of the back end.
+        described: Triton's ``GPUTarget``.
+        digest: of all this.
+    """
+
+    source: Any
+    options: Any
+    described: Any
+    digest: str
+
+
+def specialise(launch: Launch, target: Target) -> Specialised:
+    """What Triton's runtime would hand its compiler for a launch on a GPU of this kind.
 
     Arguments are specialised as at run time: pointers and sizes that are divisible by 16 are known to be, ones are
-    constants. Triton's own cache answers where the source is unchanged.
+    constants.
 
     Raises:
-        BuildError: Triton is interpreting, or it rejects the kernel for the target.
+        BuildError: Triton is interpreting, or it rejects the arguments.
     """
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
     if not isinstance(launch.kernel, JITFunction):
         raise BuildError(
             f"{launch.name} was made for Triton's interpreter: start Python without TRITON_INTERPRET to compile it"
         )
-    described = GPUTarget(target.backend, target.arch, target.warp_size)
-    backend = make_backend(described)
     kernel: Any = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    described, backend, binder = _binder(kernel, target)
     given = {**launch.arguments, **launch.config.options}
     try:
         bound, specialization, options = binder(**given, debug=False)
         options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled = compile(source, target=described, options=options.__dict__)
     except Exception as error:  # Triton's own are of many kinds
-        reason = f"{type(error).__name__}: {error}"
-        raise BuildError(f"{launch.name} does not compile for {target.name} with {launch.config}: {reason}") from error
-    threads = launch.config.num_warps * target.warp_size
-    types = " ".join(f"{n}:{t.removeprefix('*')}" for n, t in signature.items() if t.startswith("*"))
-    code = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+        raise _rejected(launch, target, error) from error
+    return Specialised(source, options, described, digest(source, options, described))
+
+
+@cache
+def _binder(kernel: Any, target: Target) -> tuple[Any, Any, Any]:
+    """Triton's names for a target, its back end, and what takes a kernel's arguments apart for it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    described = GPUTarget(target.backend, target.arch, target.warp_size)
+    backend = make_backend(described)
+    return described, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def compile_for(launch: Launch, target: Target) -> Binary:
+    """Compile a launch as Triton's runtime would on a GPU of this kind, and read its resources.
+
+    Triton's own cache answers where the source is unchanged.
+
+    Raises:
+        BuildError: Triton is interpreting, or it rejects the kernel for the target.
+    """
+    from triton import compile
+
+    found = specialise(launch, target)
+    try:
+        compiled = compile(found.source, target=found.described, options=found.options.__dict__)
+    except Exception as error:
+        raise _rejected(launch, target, error) from error
+    types = (kind.removeprefix("*") for kind in found.source.signature.values() if kind.startswith("*"))
     read = _cuda_resources if target.backend == "cuda" else _hip_resources
-    static, registers, spilled, threads_compiled = read(compiled)
+    static, registers, spilled, threads = read(compiled)
     shared = max(static, compiled.metadata.shared) if target.backend == "hip" else static + compiled.metadata.shared
     return Binary(
-        launch.name,
         target.name,
-        launch.config.label,
+        launch.name,
         str(launch.config),
-        types,
+        " ".join(dict.fromkeys(types)),
+        found.digest,
         shared,
         registers,
         spilled,
-        len(code),
-        threads_compiled or threads,
+        threads or launch.config.num_warps * target.warp_size,
     )
+
+
+def _rejected(launch: Launch, target: Target, error: Exception) -> BuildError:
+    reason = f"{type(error).__name__}: {error}"
+    return BuildError(f"{launch.name} does not compile for {target.name} with {launch.config}: {reason}")
 
 
 def misfits(binary: Binary, target: Target, spills_allowed: str = "") -> list[str]:

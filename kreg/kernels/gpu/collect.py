@@ -1,7 +1,8 @@
 """What has to compile: the launches and tuning tables that the catalogue's kernels offer.
 
 The module of a kernel's entry may have ``builds(target)``, which yields `Launch`es, and ``TABLES``, the tuning tables
-that its launches take their configurations from.
+that its launches take their configurations from; ``BORROWED`` are tables of another module, whose builds take all
+their rows. What was compiled is recorded: see `kreg.kernels.gpu.records`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from multiprocessing import get_context
 from types import ModuleType
 
 from kreg.errors import SpecError
-from kreg.kernels.gpu.build import Binary, compile_for, misfits
+from kreg.kernels.gpu import records
+from kreg.kernels.gpu.build import Binary, BuildError, compile_for, misfits, specialise
 from kreg.kernels.gpu.launch import Launch
 from kreg.kernels.gpu.tables import Config, Table
 from kreg.kernels.gpu.targets import COMPILED, target_of
@@ -30,11 +32,6 @@ class Task:
     place: int
     kernel: str
     config: Config
-
-    @property
-    def op(self) -> str:
-        """The op whose kernel it is: kreg keeps the kernels of an op in a package of its name."""
-        return self.module.split(".")[-2]
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,14 @@ def tables_of(module: str) -> tuple[Table, ...]:
     return tuple(getattr(_module(module), "TABLES", ()))
 
 
+def tuned_by(module: str) -> tuple[Table, ...]:
+    """All tables that a module's launches take configurations from, its own and another's."""
+    return (*tables_of(module), *getattr(_module(module), "BORROWED", ()))
+
+
 def targets_of(modules: Iterable[str]) -> list[str]:
     """The targets that every kernel is compiled for, and those that some tuning table has rows for besides."""
-    more = {name for module in modules for table in tables_of(module) for name in table.targets}
+    more = {name for module in modules for table in tuned_by(module) for name in table.targets}
     return [*COMPILED, *sorted(more - set(COMPILED))]
 
 
@@ -100,9 +102,30 @@ def one_of_each(todo: Iterable[Task]) -> list[Task]:
 @lru_cache(maxsize=64)
 def launches(module: str, target: str) -> tuple[Launch, ...]:
     """What a module would launch on a target; beyond `COMPILED`, only where it has a configuration for it."""
-    if target not in COMPILED and not any(target in table.targets for table in tables_of(module)):
+    if target not in COMPILED and not any(target in table.targets for table in tuned_by(module)):
         return ()
     return tuple(_module(module).builds(target_of(target)))
+
+
+def digest_of(task: Task) -> str:
+    """Of what the compiler would see of a task.
+
+    Raises:
+        BuildError: Triton rejects its arguments, or is interpreting.
+    """
+    return specialise(launches(task.module, task.target)[task.place], target_of(task.target)).digest
+
+
+def distinct(todo: Iterable[Task]) -> list[Task]:
+    """Tasks without those that are compiled to what an earlier one is, and may spill or may not as that one."""
+    found: dict[tuple[str, bool], Task] = {}
+    for task in todo:
+        try:
+            key = digest_of(task)
+        except BuildError as error:  # compiling it says so again
+            key = str(error)
+        found.setdefault((key, bool(task.config.spills)), task)
+    return list(found.values())
 
 
 def run(task: Task) -> Outcome:
@@ -113,6 +136,44 @@ def run(task: Task) -> Outcome:
     except Exception as error:  # a child's exception may not survive the way to its parent
         return Outcome(task, None, (str(error),))
     return Outcome(task, binary, tuple(misfits(binary, target, task.config.spills)))
+
+
+def unlike_records(outcomes: Iterable[Outcome]) -> list[str]:
+    """Where a binary takes something else than what is recorded of it, in words."""
+    known: dict[str, dict[str, Binary]] = {}
+    found = []
+    for outcome in outcomes:
+        module, binary = outcome.task.module, outcome.binary
+        if module not in known:
+            known[module] = {binary.digest: binary for binary in records.read(module)}
+        recorded = known[module].get(binary.digest) if binary is not None else None
+        if binary is not None and recorded is not None:
+            found += records.differing(binary, recorded)
+    return found
+
+
+def check(modules: Iterable[str]) -> tuple[int, list[str]]:
+    """Whether everything that would be launched is recorded and fits its target; nothing is compiled.
+
+    Returns:
+        how many builds there are, and what is wrong, in words.
+    """
+    count, problems = 0, []
+    for module in modules:
+        recorded, allowed, wanted = records.read(module), dict[str, str](), []
+        for task in tasks([module], targets_of([module])):
+            try:
+                digest = digest_of(task)
+            except BuildError as error:
+                problems.append(str(error))
+                continue
+            allowed[digest] = task.config.spills if allowed.get(digest, task.config.spills) else ""
+            wanted.append(records.Wanted(task.target, task.kernel, str(task.config), digest))
+        count += len(allowed)
+        problems += records.complaints(module, recorded, wanted)
+        for binary in recorded:
+            problems += misfits(binary, target_of(binary.target), allowed.get(binary.digest, ""))
+    return count, list(dict.fromkeys(problems))
 
 
 def run_all(todo: Sequence[Task], processes: int = 2) -> Iterator[Outcome]:

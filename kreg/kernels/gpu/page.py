@@ -1,4 +1,4 @@
-"""The table of compiled kernels, for the terminal and for docs/performance.md."""
+"""The table of compiled kernels, for the terminal, and from their records for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kreg.errors import SpecError
+from kreg.kernels.gpu import records
 from kreg.kernels.gpu.build import Binary
-from kreg.kernels.gpu.collect import Outcome
 from kreg.kernels.gpu.targets import TARGETS
 
 BEGIN, END = "<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->"
@@ -20,30 +20,31 @@ class Line:
     op: str
     kernel: str
     config: str
-    builds: dict[str, list[Binary | None]] = field(default_factory=dict)
+    builds: dict[str, list[Binary]] = field(default_factory=dict)
 
     def cell(self, target: str) -> str:
         """The most that a build takes of a target: KiB of shared memory, registers of a thread, bytes spilled."""
         builds = self.builds.get(target)
         if not builds:
             return ""
-        made = [build for build in builds if build is not None]
-        if len(made) < len(builds):
-            return "does not compile"
-        shared = max(build.shared_bytes for build in made) / 1024
-        spilled = max(build.spilled_bytes for build in made)
-        registers = max(build.registers for build in made)
+        shared = max(build.shared_bytes for build in builds) / 1024
+        spilled = max(build.spilled_bytes for build in builds)
+        registers = max(build.registers for build in builds)
         return f"{shared:.0f} KiB, {registers}" + (f", {spilled} B spilled" if spilled else "")
 
 
-def lines(outcomes: Iterable[Outcome]) -> list[Line]:
-    """Outcomes by op, kernel and configuration."""
+def op_of(module: str) -> str:
+    """The op whose kernels a module has: kreg keeps the kernels of an op in a package of its name."""
+    return module.split(".")[-2] if "." in module else module
+
+
+def lines(builds: Iterable[tuple[str, Binary]]) -> list[Line]:
+    """Binaries, each with its module, by op, kernel and configuration."""
     found: dict[tuple[str, str, str], Line] = {}
-    for outcome in outcomes:
-        task = outcome.task
-        key = (task.op, task.kernel, str(task.config))
+    for module, binary in builds:
+        key = (op_of(module), binary.kernel, binary.config)
         line = found.setdefault(key, Line(*key))
-        line.builds.setdefault(task.target, []).append(outcome.binary)
+        line.builds.setdefault(binary.target, []).append(binary)
     return list(found.values())
 
 
@@ -52,9 +53,9 @@ def header(targets: Sequence[str]) -> list[str]:
     return ["op", "kernel", "configuration", "builds", *targets]
 
 
-def rows(outcomes: Iterable[Outcome], targets: Sequence[str]) -> Iterator[list[str]]:
+def rows(builds: Iterable[tuple[str, Binary]], targets: Sequence[str]) -> Iterator[list[str]]:
     """The cells of every line."""
-    for line in lines(outcomes):
+    for line in lines(builds):
         count = sum(len(builds) for builds in line.builds.values())
         yield [line.op, line.kernel, line.config, str(count), *(line.cell(target) for target in targets)]
 
@@ -65,8 +66,8 @@ def limits(targets: Sequence[str]) -> list[str]:
     return ["", "", "at most", "", *there]
 
 
-def written(page: str, outcomes: Sequence[Outcome], targets: Sequence[str]) -> str:
-    """A page with the table between its markers.
+def written(page: str, modules: Iterable[str], targets: Sequence[str]) -> str:
+    """A page with the table of the recorded builds between its markers.
 
     Raises:
         SpecError: the page has no markers.
@@ -75,6 +76,7 @@ def written(page: str, outcomes: Sequence[Outcome], targets: Sequence[str]) -> s
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SpecError(f"the page has no lines {BEGIN!r} and {END!r} to write the table between")
-    body = [header(targets), ["---"] * (4 + len(targets)), limits(targets), *rows(outcomes, targets)]
+    recorded = ((module, binary) for module in modules for binary in records.read(module))
+    body = [header(targets), ["---"] * (4 + len(targets)), limits(targets), *rows(recorded, targets)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in body)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from kreg.kernels.gpu import Launch, Target, record
-from kreg.kernels.lightning_indexer.triton import DTYPES, different, select_into
+from kreg.kernels.lightning_indexer.triton import DTYPES, TABLE, different, select_into
 from kreg.kernels.lightning_indexer.triton_scores import Packed
+
+BORROWED = (TABLE,)
 
 
 def forward(

@@ -11,7 +11,7 @@ from triton import cdiv
 
 from kreg.kernels.gpu import Launch, Target, current_target, launch, record
 from kreg.kernels.sparse_attention import triton_gradients as gradients
-from kreg.kernels.sparse_attention.triton_call import TABLE, Call, precision, processors
+from kreg.kernels.sparse_attention.triton_call import TABLE, Call, processors
 from kreg.kernels.sparse_attention.triton_forward import combine_kernel, forward_kernel
 
 TABLES = (TABLE,)
@@ -47,7 +47,6 @@ def attend(call: Call, out_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
         splits=splits,
         SINKS=call.sinks is not None,
         SPLIT=splits > 1,
-        PRECISION=precision(q.dtype, target),
         BLOCK_H=block_h,
     )
     if splits > 1:
@@ -156,8 +155,15 @@ BUILT = (
     ("ready", torch.float16, 64, 512, 1, 256),
     ("selected", torch.bfloat16, 64, 512, 64, 1),
     ("selected", torch.bfloat16, 8, 512, 64, 1),
+    ("window", torch.bfloat16, 64, 512, 1, 256),
+    ("selected", torch.bfloat16, 64, 384, 1, 256),
     ("selected", torch.bfloat16, 32, 256, 1, 256),
+    ("ready", torch.bfloat16, 64, 192, 1, 256),
+    ("selected", torch.float32, 64, 512, 1, 256),
+    ("ready", torch.float32, 64, 384, 1, 256),
     ("selected", torch.float32, 64, 256, 1, 256),
+    ("ready", torch.float32, 64, 192, 1, 256),
+    ("selected", torch.float32, 64, 128, 1, 256),
 )
 """The calls that are built ahead of time: DeepSeek-V4's, prefill and decode, and what else takes other blocks."""
 
@@ -179,7 +185,7 @@ def builds(target: Target) -> Iterator[Launch]:
 
 
 def example(mode: str, dtype: torch.dtype, heads: int, dim: int, batch: int, length: int) -> dict[str, Any]:
-    """Arguments without data: window 128, and 512 selected of 4096 entries, or 512 entries of 128 positions."""
+    """Arguments without data: window 128, and 512 of 4096 entries, 512 entries of 128 positions each, or padding."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -196,6 +202,8 @@ def example(mode: str, dtype: torch.dtype, heads: int, dim: int, batch: int, len
     if mode == "selected":
         selection = empty(batch, length, 512, dtype=torch.int64)
         call |= {"compressed": empty(batch, 4096, dim), "indices": selection, "ratio": 4}
+    if mode == "window":
+        call["padding"] = empty(batch, keys, dtype=torch.bool)
     if mode == "ready":
         call |= {"compressed": empty(batch, 512, dim), "ratio": 128}
     return call

@@ -184,13 +184,13 @@ def query_kernel(
     DQ: tl.constexpr,
     FUSED: tl.constexpr,  # for the host: whether DQ and SCATTER may be in one launch
     SCATTER: tl.constexpr,  # what is done with the gradient of selected entries: "", "add" or "store"
-    PRECISION: tl.constexpr,
     UNCHAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",  # of float32, as tl.dot has it
 ):
     """The gradient of queries, and of the entries that they select."""
     BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_H

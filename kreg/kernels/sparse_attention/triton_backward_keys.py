@@ -54,13 +54,13 @@ def key_kernel(
     RATIO: tl.constexpr,
     READY: tl.constexpr,
     PADDING: tl.constexpr,
-    PRECISION: tl.constexpr,
     UNCHAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",  # of float32, as tl.dot has it
 ):
     """The gradient of a tile of neighbouring keys: of the window, or of entries that are seen once ready."""
     BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_H

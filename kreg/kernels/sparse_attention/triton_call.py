@@ -31,18 +31,16 @@ def _processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def channel_blocks(dim: int) -> tuple[int, int]:
-    """A power of two, at least 16, and a smaller one or 0, that hold ``dim`` channels together."""
+def channel_blocks(dim: int, bytes: int = 2) -> tuple[int, int]:
+    """A power of two, at least 16, and a smaller one or 0, that hold ``dim`` channels of so many bytes together.
+
+    Wide heads in float32 are one block: two take more registers than there are.
+    """
     first = 1 << (dim.bit_length() - 1)
     rest = max(16, next_power_of_2(dim - first)) if dim > first else 0
     if first < 16:
         return 16, 0
-    return (first, rest) if rest < first else (2 * first, 0)
-
-
-def precision(dtype: torch.dtype, target: Target) -> str:
-    """How float32 is multiplied: IEEE, or as three products of TF32, which NVIDIA's tensor cores have."""
-    return "tf32x3" if dtype is torch.float32 and target.backend == "cuda" else "ieee"
+    return (first, rest) if rest < first and not (bytes == 4 and dim > 256) else (2 * first if rest else first, 0)
 
 
 def dense_rows(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -151,7 +149,7 @@ class Call:
         """What every kernel over rows of queries takes."""
         _, heads, queries, dim = self.q.shape
         kv, compressed, indices = self.kv, self.compressed, self.indices
-        block_d, block_e = channel_blocks(dim)
+        block_d, block_e = channel_blocks(dim, self.q.element_size())
         return {
             "q": self.q,
             "kv": kv,

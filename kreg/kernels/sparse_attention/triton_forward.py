@@ -117,13 +117,13 @@ def forward_kernel(
     PADDING: tl.constexpr,
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     UNCHAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",  # of float32, as tl.dot has it
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_H
     # A query's head tiles are neighbours, to find its keys in the cache; the last queries, which see most, go first.

@@ -10,7 +10,7 @@ from triton import cdiv, next_power_of_2
 from kreg.kernels.gpu import current_target, launch
 from kreg.kernels.sparse_attention.triton_backward import delta_kernel, query_kernel
 from kreg.kernels.sparse_attention.triton_backward_keys import key_kernel, segment_kernel
-from kreg.kernels.sparse_attention.triton_call import TABLE, Call, channel_blocks, dense_rows, precision, processors
+from kreg.kernels.sparse_attention.triton_call import TABLE, Call, channel_blocks, dense_rows, processors
 
 MOST_KEY_SPLITS = 64
 """Parts of the gradient of a tile of keys: each costs a float32 copy of it."""
@@ -111,7 +111,6 @@ def queries(
         batch=batch,
         DQ=grad_q is not None,
         SCATTER=scatter,
-        PRECISION=precision(call.q.dtype, target),
         BLOCK_H=block_h,
     )
 
@@ -191,7 +190,6 @@ def keys(call: Call, saved: Saved, *, ready: bool) -> torch.Tensor:
         RATIO=call.ratio if ready else 0,
         READY=ready,
         PADDING=call.padding is not None and not ready,
-        PRECISION=precision(call.q.dtype, target),
         BLOCK_H=block_h,
     )
     return found[0] if splits == 1 else found.sum(0)

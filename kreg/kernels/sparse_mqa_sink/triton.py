@@ -8,7 +8,9 @@ import torch
 
 from kreg.kernels.gpu import Launch, Target, record
 from kreg.kernels.sparse_attention.triton import attend
-from kreg.kernels.sparse_attention.triton_call import Call
+from kreg.kernels.sparse_attention.triton_call import TABLE, Call
+
+BORROWED = (TABLE,)
 
 
 def forward(
@@ -41,7 +43,7 @@ def forward(
 
 def builds(target: Target) -> Iterator[Launch]:
     """Decoding with 64 heads of 512 channels, 64 requests, 512 slots of each; pages side by side and apart."""
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q = torch.empty(64, 64, 512, dtype=dtype, device="meta")
         pages = torch.empty(4096, 64, 512, dtype=dtype, device="meta")
         indices = torch.empty(64, 512, dtype=torch.int32, device="meta")

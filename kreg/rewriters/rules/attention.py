@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from kreg.registry.op import Op
@@ -33,9 +35,9 @@ def find(context: Context, anchor: Node) -> Site:
         "k": operand(found.scores.product.keys, roles.of_k, "keys"),
         "v": operand(found.values, roles.of_v, "values"),
     }
-    if found.sinks is not None:
-        operands["sinks"] = sinks(found, like)
     masked = masking(found, like)
+    if found.sinks is not None:  # one for each query has become a bias, and is 0
+        operands["sinks"] = sinks(replace(found, sinks=n.Const(0.0)) if found.sinks_by_query else found, like)
     attributes = {"scale": found.scores.scale, "softcap": found.scores.softcap, **masked.attributes}
     return Site(OP, anchor, operands | masked.operands, attributes, (output(found),), masked.mask, masked.claims)
 

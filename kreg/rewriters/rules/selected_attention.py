@@ -46,6 +46,8 @@ def find(context: Context, anchor: Node) -> Site:
     selection, block, structure = _selected(found.scores.keep, roles, anchor)
     if found.scores.biases:
         raise Refused("beside the selection there is a bias", anchor)
+    if found.sinks_by_query:
+        raise Refused("beside the selection there is a logit without a value for each query", anchor)
     masked = masking(found, like)
     if "bias" in masked.operands:
         raise Refused("what a query without keys gives is not one thing", anchor)

@@ -164,6 +164,29 @@ class EncoderDecoder(nn.Module):
         return y + self.attend(2, y, x, padded)
 
 
+class BothWays(nn.Module):
+    """One product of two sequences, read by rows and by columns: each attends to the other.
+
+    The largest score of all, then that of each column, are taken off, and what is left is kept within bounds.
+    """
+
+    def __init__(self, bound: float = 3e4) -> None:
+        super().__init__()
+        self.bound = bound
+        self.words, self.pixels = nn.Linear(16, 48), nn.Linear(12, 48)
+
+    def forward(self, text, image, count):
+        words, meaning = self.words(text).unflatten(-1, (3, 16)).split([1, 2], 2)
+        pixels, colour = self.pixels(image).unflatten(-1, (3, 16)).split([1, 2], 2)
+        both = torch.einsum("bic,bjc->bij", words.squeeze(2), pixels.squeeze(2)) / 4
+        both = (both - both.max()).clamp(-self.bound, self.bound)
+        there = torch.arange(text.shape[1]) < count[:, None]
+        for_pixels = (both - both.amax(1, keepdim=True)).clip(min=-self.bound)
+        for_pixels = for_pixels.masked_fill(~there[..., None], -torch.inf)
+        read = torch.softmax(both, 2) @ colour.flatten(2)
+        return read, torch.einsum("bij,bid->bjd", torch.softmax(for_pixels, 1), meaning.flatten(2))
+
+
 class SlotAttention(nn.Module):
     """Slots compete for inputs: the softmax runs over the queries, the weights are normalised afterwards."""
 
@@ -204,6 +227,20 @@ CASES = (
         (tokens("memory"), tokens(), kept_or_none("memory")),
         sites=3,
         mask=("padding", "causal", "padding"),
+    ),
+    Case(
+        "both ways",
+        BothWays,
+        (hidden(16), memory(12), lengths()),
+        sites=2,
+        mask=("full", "padding"),
+    ),
+    Case(
+        "both ways, within narrow bounds",
+        lambda: BothWays(bound=2.0),
+        (hidden(16), memory(12), lengths()),
+        sites=0,
+        reason="before the softmax",
     ),
     Case("slots", SlotAttention, (hidden(16),), sites=0, reason=""),
 )

@@ -170,6 +170,29 @@ class LearnedSinks(nn.Module):
         return einsum("bhmqk,bkhmd->bqhmd", W, V).reshape(b, n, -1)
 
 
+class SinksByQuery(nn.Module):
+    """Each query decides how much it attends to nothing: one more logit that is computed from it, in front."""
+
+    def __init__(self, doubt: bool = False) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(DIM, N_HEADS * HEAD), nn.Linear(N_HEADS * HEAD, DIM)
+        self.kv = nn.Linear(DIM, 2 * N_KV * HEAD)
+        self.nothing, self.doubt = nn.Linear(DIM, N_HEADS), doubt
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, N_HEADS, HEAD).transpose(1, 2)
+        k, v = self.kv(x).view(b, n, 2, N_KV, HEAD).unbind(2)
+        k, v = (t.transpose(1, 2).repeat_interleave(N_HEADS // N_KV, 1) for t in (k, v))
+        nothing = self.nothing(x)
+        if self.doubt:  # some queries have no sink at all
+            nothing = nothing.masked_fill(nothing < 0, -torch.inf)
+        seen = torch.arange(n) <= torch.arange(n)[:, None]
+        scores = (q @ k.mT / HEAD**0.5).masked_fill(~seen, -torch.inf)
+        weights = torch.cat([nothing.permute(0, 2, 1)[..., None], scores], -1).softmax(-1)
+        return self.o((weights[..., 1:] @ v).transpose(1, 2).flatten(2))
+
+
 class Decode(nn.Module):
     """New tokens after a cache: keys and values concatenated, queries at the end."""
 
@@ -253,6 +276,14 @@ CASES = (
     Case("soft cap", lambda: SoftCapped(None), X, mask="causal", attributes={"softcap": 5.0}, bfloat16=True),
     Case("soft cap in a window", lambda: SoftCapped(4), X, mask="sliding", facts={"window": 4}),
     Case("sinks", LearnedSinks, X, mask="causal", dims=GROUPED),
+    Case("a sink for each query", SinksByQuery, X, mask="causal bias", dims=GROUPED),
+    Case(
+        "a sink for each query that may be -inf",
+        lambda: SinksByQuery(doubt=True),
+        X,
+        sites=0,
+        reason="one for each query, and may be infinite",
+    ),
     Case("sinks in a window", lambda: LearnedSinks(5), X, mask="sliding", facts={"window": 5}),
     # Behind a cache of any length the offset is symbolic: the mask is proven for a given length only.
     Case("after a cache", Decode, (hidden(DIM), *(heads(N_HEADS, HEAD, "memory"),) * 2), mask="causal", resized=None),

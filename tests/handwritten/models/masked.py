@@ -56,6 +56,33 @@ class BooleansAdded(Masked):
         return self.finish(self.scores(x) + keep[:, None, None], x)
 
 
+class Floored(Masked):
+    """A mask that the caller adds up, with a floor under its sum with the scores: hidden keys are all alike."""
+
+    def forward(self, x, hidden):
+        added = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None, None]
+        return self.finish(torch.maximum(self.scores(x) + self.noted(added), torch.tensor(MIN)), x)
+
+    def noted(self, added):
+        return added
+
+
+class FlooredUnknown(Floored):
+    """The same mask, out of sight."""
+
+    def noted(self, added):
+        return added.cumsum(-2)
+
+
+class FlooredAlone(Masked):
+    """The floor is under the scores, and the mask is filled in above it."""
+
+    def forward(self, x, lengths):
+        inside = torch.arange(x.size(1)) < lengths[:, None]
+        scores = torch.maximum(torch.tensor(MIN), self.scores(x)).clamp(max=1e5)
+        return self.finish(scores.masked_fill(~inside[:, None, None, :], float("-inf")), x)
+
+
 class FromLengthsCausal(Masked):
     """One mask of two conditions."""
 
@@ -244,6 +271,11 @@ def prefixes() -> Maker:
     return lambda s, g: torch.randint(1, s.length, (s.batch,), generator=g)
 
 
+def hidden_rows() -> Maker:
+    """[batch, length], True where a key is hidden: all of them in the first row."""
+    return lambda s, g: ~kept_or_none()(s, g)
+
+
 def kinds() -> Maker:
     return lambda s, g: torch.randint(0, 2, (s.batch, s.length), generator=g)
 
@@ -253,6 +285,9 @@ BLOCKS = {"sizes": Sizes(2, 12), "resized": Sizes(3, 12)}
 CASES = (
     Case("lengths", FromLengths, (hidden(W), lengths()), mask="padding"),
     Case("lengths, causal", FromLengthsCausal, (hidden(W), lengths()), mask="causal+padding"),
+    Case("floored", Floored, (hidden(W), hidden_rows()), sites=0, reason="may have no keys"),
+    Case("floored out of sight", FlooredUnknown, (hidden(W), hidden_rows()), sites=0, reason="may have no keys"),
+    Case("floored below the mask", FlooredAlone, (hidden(W), lengths()), mask="padding"),
     Case("booleans added", BooleansAdded, (hidden(W), kept()), mask="bias"),
     Case("two additive masks", TwoAdditiveMasks, (hidden(W), ones_and_zeros()), mask="soft causal+padding"),
     Case("filled twice", FilledTwice, (hidden(W), kept()), mask="causal+padding"),

@@ -162,6 +162,18 @@ class Router(nn.Module):
         return torch.einsum("bse,bsd,edf->bsf", gates, x, self.experts)
 
 
+class DynamicConvolution(nn.Module):
+    """Each token mixes its neighbours by weights that it gives out itself: there are no keys."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.width, self.mixing, self.value = width, nn.Linear(W, width), nn.Linear(W, W)
+
+    def forward(self, x):
+        near = F.pad(self.value(x), (0, 0, self.width - 1, 0)).unfold(1, self.width, 1)
+        return (near @ self.mixing(x).softmax(-1)[..., None]).squeeze(-1)
+
+
 class Retention(Unlike):
     """A causal decay on the scores, and no softmax."""
 
@@ -197,5 +209,6 @@ CASES = (
     left("dropped", Dropped, "dropout", training=True),
     left("averaged", Averaged, "used more than once"),
     left("router", Router, None),
+    left("dynamic convolution", DynamicConvolution, "not one product"),
     left("retention", Retention, None),
 )

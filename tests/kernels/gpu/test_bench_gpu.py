@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kreg.bench import gpu, gpu_baselines
+from kreg.bench import gpu, gpu_baselines, gpu_eager
 from kreg.bench.gpu import Run
-from kreg.bench.gpu_cases import FLASH, TINY, Case, arguments, cases, pairs, work
+from kreg.bench.gpu_case import FLASH, GROUPED, SMALL_HEADS, TINY, Case
+from kreg.bench.gpu_cases import arguments, cases, pairs, work
 from kreg.bench.gpu_check import check
 from kreg.bench.gpu_table import facts, shown
 from kreg.bench.gpu_timing import Ceilings, HostTimer, ceilings
@@ -35,6 +37,12 @@ CASES = [
         ("sparse_attention", "compressed", "decode", 2, 300),
         ("lightning_indexer", "selected", "forward", 2, 37),
         ("lightning_indexer", "selected", "decode", 2, 130),
+        ("attention", "causal", "forward", 2, 21),
+        ("attention", "window", "forward", 1, 37),
+        ("attention", "window", "forward", 1, 5),
+        ("attention", "sinks", "forward", 1, 21),
+        ("sparse_mqa_sink", "selected", "decode", 3, 130),
+        ("indexer_topk", "selected", "decode", 3, 130),
     ]
 ]
 
@@ -43,8 +51,17 @@ CASES = [
 def test_the_pairs_that_the_roofline_counts_are_those_that_the_op_keeps(case: Case) -> None:
     place = {"offset": case.context - case.queries, "device": torch.device("cpu")}
     kept = ready(case.queries, case.entries, ratio=max(1, case.ratio), **place)
-    if case.op == "lightning_indexer":
+    if case.op in ("lightning_indexer", "indexer_topk"):
         assert pairs(case) == int(kept.sum())
+        return
+    if case.op == "sparse_mqa_sink":
+        chosen = arguments(case, torch.float32, "cpu")["topk_indices"]
+        assert all(pairs(case) == len(set(row)) == len(row) for row in chosen.tolist())
+        return
+    if case.op == "attention":
+        given = arguments(case, torch.float32, "cpu")
+        seen = band(case.queries, case.context, causal=True, window=given.get("window", 0), **place)
+        assert seen is not None and pairs(case) == int(seen.sum())
         return
     window = band(case.queries, case.context, causal=True, window=TINY.window, **place)
     assert window is not None
@@ -81,22 +98,23 @@ def test_the_work_of_the_real_size_is_what_one_counts_by_hand() -> None:
     assert work(Case("sparse_attention", "sliding", "backward", 1, 1024), 2)[0] == 2.5 * work(prompt, 2)[0]
 
 
+def eager(case: Case, given: dict[str, Any]) -> torch.Tensor:
+    return gpu.EAGER[case.op](case, given, False)()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-@pytest.mark.parametrize("baseline", ["eager", "flex"])
-def test_a_baseline_does_the_work_of_the_op(baseline: str, case: Case) -> None:
+def test_a_baseline_does_the_work_of_the_op(case: Case) -> None:
     given = arguments(case, torch.float32, "cpu")
     op = catalogue().op(case.op)
     want = op.reference(**given)
-    if case.op == "lightning_indexer":
-        if baseline == "flex":
-            with pytest.raises(gpu_baselines.Skip, match="no top-k"):
-                gpu_baselines.flex(case, given)
-            return
-        assert op.error(given, (gpu_baselines.eager(case, given)(),), want) < 1e-5
+    if case.op in ("lightning_indexer", "indexer_topk"):
+        assert op.error(given, (eager(case, given),), want) < 1e-5
         return
-    made = gpu_baselines.flex(case, given) if baseline == "flex" else gpu_baselines.eager(case, given)
-    with torch.no_grad():
-        torch.testing.assert_close(made(), want[0].transpose(1, 2), rtol=1e-5, atol=1e-6)
+    expected = want[0] if case.op == "sparse_mqa_sink" else want[0].transpose(1, 2)
+    torch.testing.assert_close(eager(case, given), expected, rtol=1e-5, atol=1e-6)
+    if case.op not in gpu.NO_FLEX:
+        with torch.no_grad():
+            torch.testing.assert_close(gpu_baselines.flex(case, given)(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_eager_forms_are_those_of_transformers() -> None:
@@ -122,23 +140,53 @@ def test_the_eager_forms_are_those_of_transformers() -> None:
     assert torch.equal(gpu_baselines.eager(case, given)(), want)
 
 
-SOME = [case for case in cases(TINY, (24,), (40,)) if case.batch == 1 and case.layer == "selected"]
+@pytest.mark.parametrize(("family", "layer"), [("llama", "window"), ("gpt_oss", "sinks")])
+def test_the_eager_forms_of_attention_are_those_of_transformers(family: str, layer: str) -> None:
+    modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    case = Case("attention", layer, "forward", 2, 21, TINY)
+    given = arguments(case, torch.bfloat16, "cpu")
+    seen = band(21, 21, causal=True, window=given.get("window", 0), offset=0, device=torch.device("cpu"))
+    assert seen is not None
+    bias = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    module = SimpleNamespace(num_key_value_groups=2, sinks=given.get("sinks"), training=False)
+    want, _ = modeling.eager_attention_forward(module, given["q"], given["k"], given["v"], bias, given["scale"])
+    torch.testing.assert_close(gpu_eager.attention(case, given)(), want, rtol=0, atol=0)
+
+
+def some(case: Case) -> bool:
+    return case.layer != "sliding" and case.layer != "compressed" and (case.batch == 1 or case.op in SERVING)
+
+
+SERVING = ("sparse_mqa_sink", "indexer_topk")
+SOME = [case for case in cases(TINY, (24,), (40,), (24,), {"causal": TINY, "sinks": TINY}) if some(case)]
+MINE = {
+    "lightning_indexer": "kreg.tiled_indexer",
+    "sparse_attention": "kreg.tiled_sparse_attention",
+    "attention": "kreg.tiled_attention",
+    "sparse_mqa_sink": "kreg.tiled_sparse_mqa_sink",
+    "indexer_topk": None,
+}
 
 
 def run_tiny(monkeypatch: pytest.MonkeyPatch, limit: float = 300.0) -> tuple[Run, list[gpu.Row]]:
     monkeypatch.setattr(gpu, "BASELINES", ("eager", "flex"))  # Inductor takes long to compile
     run = Run("cpu", torch.float32, HostTimer(), limit)
-    return run, list(run.rows(SOME, ceiling_size=64, moved=2**16))
+    gc.collect()
+    gc.freeze()  # each row collects garbage: not among all that the other tests have imported
+    try:
+        return run, list(run.rows(SOME, ceiling_size=64, moved=2**16))
+    finally:
+        gc.unfreeze()
 
 
 def test_every_kernel_and_baseline_has_a_row_for_every_case_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = run_tiny(monkeypatch)
-    assert {check.kernel for check in run.checks} == {"kreg.tiled_sparse_attention", "kreg.tiled_indexer"}
-    assert all(check.passed for check in run.checks)
+    assert {check.kernel for check in run.checks} >= {name for name in MINE.values() if name}
+    assert all(check.passed for check in run.checks), run.checks
+    assert {case.op for case in SOME} == set(MINE) == set(gpu.EAGER)
     measured = {(row.case, row.variant) for row in rows if row.seconds is not None}
     for case in SOME:
-        mine = "kreg.tiled_indexer" if case.op == "lightning_indexer" else "kreg.tiled_sparse_attention"
-        assert {(case, mine), (case, "eager")} <= measured
+        assert {(case, MINE[case.op] or "eager"), (case, "eager")} <= measured
     for row in rows:
         assert (row.seconds is None) == bool(row.skipped)
         assert row.seconds is None or row.reached == pytest.approx(row.roofline / row.seconds)
@@ -197,6 +245,16 @@ def test_the_cases_are_the_sizes_that_were_asked_for() -> None:
     for op in ("sparse_attention", "lightning_indexer"):
         decoded = {(c.batch, c.context) for c in asked if c.step == "decode" and c.op == op and c.layer == "selected"}
         assert decoded == {(b, n) for b in (1, 64) for n in (4096, 65536, 1048576)}
+    for op in SERVING:
+        assert {(c.batch, c.context) for c in asked if c.op == op} == {(64, n) for n in (4096, 65536, 1048576)}
+    widths = {"causal": GROUPED, "window": GROUPED, "sinks": SMALL_HEADS}
+    dense = {(c.layer, c.step, c.context, c.sizes) for c in asked if c.op == "attention"}
+    assert dense == {
+        (layer, step, n, sizes)
+        for layer, sizes in widths.items()
+        for step in ("forward", "backward")
+        for n in (4096, 16384)
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -6,18 +6,31 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
 from kreg.errors import SelectionError, SpecError
-from kreg.kernels.gpu import COMPILED, TARGETS, Config, Launch, Table, current_target, launch, record
+from kreg.kernels.gpu import COMPILED, TARGETS, Config, Launch, Table, current_target, launch, record, records
+from kreg.kernels.gpu.__main__ import compile_all
 from kreg.kernels.gpu.build import Binary, BuildError, compile_for, misfits
-from kreg.kernels.gpu.collect import launches, modules_with_builds, not_built, one_of_each, tables_of, targets_of, tasks
-from kreg.kernels.gpu.page import BEGIN, END
+from kreg.kernels.gpu.collect import (
+    modules_with_builds,
+    not_built,
+    one_of_each,
+    tables_of,
+    targets_of,
+    tasks,
+    tuned_by,
+)
+from kreg.kernels.gpu.page import written
+from kreg.kernels.gpu.records import Wanted, complaints, differing
 from kreg.kernels.gpu.targets import assume, target_of
 from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment, EveryPackage, availability
@@ -77,12 +90,38 @@ def compiled(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, 
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
-def test_a_kernel_of_every_function_compiles_and_fits() -> None:
-    code, found, errors = compiled("--sample")
+@pytest.fixture(scope="module")
+def sampled() -> tuple[int, dict[str, Any], str]:
+    """Every launch held against its record, and one build of each kernel function, in one process."""
+    return compiled("--check", "--sample")
+
+
+def test_everything_that_would_be_launched_was_compiled_as_it_is_now_and_fits_its_target(
+    sampled: tuple[int, dict[str, Any], str],
+) -> None:
+    code, found, errors = sampled
     assert found.get("problems") == [], errors
-    wanted = {(task.kernel, task.target) for task in one_of_each(tasks(MODULES, targets_of(MODULES)))}
-    assert {(binary["kernel"], binary["target"]) for binary in found["binaries"]} == wanted
+    assert found["checked"] == sum(len(records.read(module)) for module in MODULES) > 500
     assert code == 0
+
+
+def test_a_kernel_of_every_function_compiles_to_what_is_recorded(sampled: tuple[int, dict[str, Any], str]) -> None:
+    _, found, errors = sampled
+    wanted = {(task.kernel, task.target) for task in one_of_each(tasks(MODULES, targets_of(MODULES)))}
+    assert {(binary["kernel"], binary["target"]) for binary in found["binaries"]} == wanted, errors
+    recorded = [binary.as_dict() for module in MODULES for binary in records.read(module)]
+    assert all(binary in recorded for binary in found["binaries"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--record", "--target", "sm_90"), ("--record", "--check", "--sample"), ("--check", "--kernel", "forward")],
+)
+def test_what_is_of_all_builds_is_not_done_with_some(arguments: tuple[str, ...]) -> None:
+    app = typer.Typer()
+    app.command()(compile_all)
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 2 and "all builds" in done.output
 
 
 def test_a_cache_that_grows_compiles_the_indexer_for_rows_that_are_aligned_and_for_others_and_no_more() -> None:
@@ -95,7 +134,8 @@ def test_a_cache_that_grows_compiles_the_indexer_for_rows_that_are_aligned_and_f
 def test_every_kernel_compiles_with_every_configuration_for_every_target() -> None:
     code, found, errors = compiled()
     assert found.get("problems") == [], errors
-    assert len(found["binaries"]) == len(list(tasks(MODULES, targets_of(MODULES))))
+    recorded = [binary.as_dict() for module in MODULES for binary in records.read(module)]
+    assert found["binaries"] == recorded
     assert code == 0
 
 
@@ -114,7 +154,8 @@ def test_a_kernel_claims_no_architecture_that_its_tables_have_no_rows_for() -> N
         assert spec.architectures, spec.name
         for target in TARGETS.values():
             here = Environment("cuda", target.name, packages=EveryPackage())
-            for table in tables_of(module) if not availability(spec, here) else ():
+            for table in tuned_by(module) if not availability(spec, here) else ():
+                assert table.rows, spec.name
                 missing = [k for k, rows in table.rows.items() if not {target.name, target.tuned_as} & rows.keys()]
                 assert not missing, f"{spec.name} claims {target.name}, for which {table.where} has no {missing}"
 
@@ -127,14 +168,117 @@ def test_no_kernel_claims_an_architecture_whose_limits_are_not_known(architectur
     assert specs and all(availability(spec, here) for spec in specs)
 
 
-def test_the_page_names_every_configuration() -> None:
-    page = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    for module in MODULES:
-        for target in targets_of(MODULES):
-            for one in launches(module, target):
-                assert f"| {one.name} | {one.config} |" in page, (
-                    f"{one.name} with {one.config} is not in {PAGE.name}: python -m kreg.kernels.gpu --write {PAGE}"
-                )
+def test_the_page_has_the_table_of_the_records() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert written(page, MODULES, targets_of(MODULES)) == page, f"it is written by {records.COMMAND}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_record_says_which_triton_made_it(module: str) -> None:
+    import triton
+
+    assert records.written_by(module) == triton.__version__, f"compile everything with this version: {records.COMMAND}"
+
+
+BUILD = Binary("sm_90", "product", "BLOCK=64", "bf16", "0123456789abcdef", 1024, 64, 0, 128)
+WANTED = Wanted("sm_90", "product", "BLOCK=64", "0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted", "says"),
+    [
+        ([BUILD], [WANTED, WANTED], None),
+        ([], [WANTED], "1 builds of product for sm_90 are not recorded as they would be compiled now: python -m"),
+        ([BUILD], [replace(WANTED, digest="f" * 16)], "1 builds of product for sm_90 are not recorded as they would"),
+        ([replace(BUILD, config="BLOCK=32")], [WANTED], "1 builds of product for sm_90 are not recorded as they"),
+        ([BUILD, replace(BUILD, digest="f" * 16)], [WANTED], "1 recorded builds of product for sm_90 are of nothing"),
+        ([BUILD, BUILD], [WANTED], "1 builds are recorded twice"),
+    ],
+)
+def test_a_record_that_is_missing_stale_or_left_over_is_named(
+    recorded: list[Binary], wanted: list[Wanted], says: str | None
+) -> None:
+    found = complaints("toys", recorded, wanted)
+    assert not found if says is None else says in found[0]
+
+
+def test_a_record_of_other_resources_than_the_binary_has_is_named() -> None:
+    assert differing(BUILD, BUILD) == []
+    (said,) = differing(replace(BUILD, registers=65), BUILD)
+    assert "65 registers, and 64 are recorded" in said
+
+
+def test_a_record_is_read_as_it_was_written_and_a_broken_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recorded_toys.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert records.read("recorded_toys") == () and records.written_by("recorded_toys") == ""
+    other = replace(BUILD, digest="f" * 16, types="bf16 i64")
+    records.write("recorded_toys", [BUILD, other, BUILD])
+    assert records.read("recorded_toys") == (BUILD, other)
+    path = records.path_of("recorded_toys")
+    path.write_text(path.read_text().replace(",1024,64,", ",1024,many,", 1))
+    with pytest.raises(SpecError, match=r"builds.csv, line 3: .*'many'"):
+        records.read("recorded_toys")
+
+
+DIGESTS = """
+import importlib.util, json, sys
+from pathlib import Path
+from kreg.kernels.gpu.build import specialise
+from kreg.kernels.gpu.targets import target_of
+
+found = {}
+for path in sorted(Path(sys.argv[1]).glob("toy_*.py")):
+    spec = importlib.util.spec_from_file_location("toy", path)
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    found[path.stem] = [specialise(one, target_of(name)).digest for name in ("sm_90", "sm_80") for one in toy.builds()]
+print(json.dumps(found))
+"""
+
+DIGESTED = """
+import torch, triton, triton.language as tl
+from kreg.kernels.gpu import Config, Launch
+STEP = tl.constexpr(2)
+@triton.jit
+def more(x):
+    return x + STEP
+@triton.jit
+def plain(x, size, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    tl.store(at, more(tl.load(at)))
+def builds():
+    for dtype, size in ((torch.float32, 16), (torch.float32, 32), (torch.float32, 17), (torch.bfloat16, 16)):
+        x = torch.empty(128, dtype=dtype, device="meta")
+        yield Launch(plain, {"x": x, "size": size}, Config({"BLOCK": 64}))
+    yield Launch(plain, {"x": x, "size": 16}, Config({"BLOCK": 128}))
+"""
+
+
+def test_a_digest_changes_with_what_the_compiler_sees_and_with_nothing_else(tmp_path: Path) -> None:
+    changes = {
+        "toy_as_it_is": ("", ""),
+        "toy_comment": ("    at =", "    # a comment, and a line more\n\n    at ="),
+        "toy_helper": ("return x + STEP", "return x - STEP"),
+        "toy_constant": ("tl.constexpr(2)", "tl.constexpr(3)"),
+        "toy_body": ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK) + size"),
+        "toy_warps": ('Config({"BLOCK": 64})', 'Config({"BLOCK": 64}, 8)'),
+    }
+    for name, (before, after) in changes.items():
+        (tmp_path / f"{name}.py").write_text(DIGESTED.replace(before, after) if before else DIGESTED)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", DIGESTS, str(tmp_path)], env=env, capture_output=True, text=True)
+    found = json.loads(done.stdout or "{}")
+    assert set(found) == set(changes), done.stderr
+    of = found["toy_as_it_is"]
+    assert of[0] == of[1]  # both sizes are divisible by 16, which is all that is known of them
+    assert len(set(of)) == 8  # an odd size, another dtype, another block; and each for two targets
+    assert found["toy_comment"] == of
+    for name in ("toy_helper", "toy_constant", "toy_body"):
+        assert not set(found[name]) & set(of), name
+    assert found["toy_warps"][0] != of[0] and found["toy_warps"][4] == of[4]
 
 
 def test_a_kernel_that_does_not_fit_or_spills_is_refused_unless_its_row_says_why(tmp_path: Path) -> None:
@@ -153,12 +297,12 @@ def test_a_kernel_that_does_not_fit_or_spills_is_refused_unless_its_row_says_why
 
 
 def test_what_a_target_does_not_have_is_named() -> None:
-    binary = Binary("forward", "gfx942", "", "BLOCK=64", "q:bf16", 70_000, 600, 0, 1, 512)
+    binary = Binary("gfx942", "forward", "BLOCK=64", "bf16", "", 70_000, 600, 0, 512)
     reasons = misfits(binary, TARGETS["gfx942"])
     assert reasons[0] == "forward on gfx942 with BLOCK=64: 70,000 bytes of shared memory, at most 65,536"
     assert "600 registers a thread, at most 512" in reasons[1]
     assert "512 threads of 600 registers, at most 131,072 registers a block" in reasons[2]
-    fits = Binary("forward", "gfx950", "", "BLOCK=64", "q:bf16", 70_000, 256, 0, 1, 512)
+    fits = Binary("gfx950", "forward", "BLOCK=64", "bf16", "", 70_000, 256, 0, 512)
     assert misfits(fits, TARGETS["gfx950"]) == []
 
 

@@ -93,14 +93,28 @@ def check(device: str, arguments: dict[str, Any], way: str | None = "atomic", th
     loss = (want * grad.double()).sum()
     if grad_lse is not None:
         loss = loss + (want_lse * grad_lse.double()).sum()
-    loss.backward()
+    # The backward starts from the output as it was saved. What rounding changed in it passes on as through lse: the
+    # scores' gradient is p * (grad @ k - rowsum(grad * out)), and that of lse is p.
+    rounded = (grad.double() * (got[0].double() - want.detach())).sum(-1)
+    (loss - (want_lse * rounded).sum()).backward()
     found = BACKWARDS[way]((grad, grad_lse), got, frozenset(names), **arguments)
     assert set(found) == set(names)
     for name in names:
         expected = exact[name].grad
         assert (found[name].shape, found[name].dtype) == (arguments[name].shape, arguments[name].dtype)
         error = largest(found[name].double() - expected)
-        assert tolerance.accepts(error, largest(expected)), f"gradient of {name} is off by {error}"
+        rounding = cancelled(exact, grad) if name == "q" else 0.0
+        accepted = tolerance.accepts(error - rounding, largest(expected))
+        assert accepted, f"gradient of {name} is off by {error}"
+
+
+def cancelled(exact: dict[str, Any], grad: torch.Tensor) -> float:
+    """What float32 leaves of a gradient of q that is none: where a query sees a single key, it is the difference of the
+    gradient's products with that key and with the output, which is that key.
+    """
+    keys = torch.cat([x.detach() for x in (exact["kv"], exact.get("compressed")) if x is not None], dim=1)
+    products = largest(grad.double() @ keys.unsqueeze(1).transpose(-1, -2)) * largest(keys)
+    return 4 * torch.finfo(torch.float32).eps * abs(float(exact["scale"])) * products
 
 
 def samples(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -160,6 +174,11 @@ def test_any_number_of_channels(dim: int, device: str) -> None:
 
 def test_the_sizes_of_deepseek_v4(device: str) -> None:
     check(device, call_of(64, 512, 1, 9, window=128, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("selected", [9, None])
+def test_the_widest_heads_in_float32(selected: int | None, device: str) -> None:
+    check(device, call_of(18, 512, 2, selected), "in order", through_lse=True)
 
 
 @pytest.mark.parametrize("queries", [0, 1])
