@@ -69,9 +69,9 @@ def bench(
     backward, "prefill" a forward that fills a cache, "decode" one token behind a cache that a prompt of --seq-len has
     filled, 16 of them in a round. Seconds are of this machine in this hour; the ratios are what can be compared.
 
-    Without MODEL and with --device cuda: every kernel of the attention and indexer ops by itself, at sizes of published models. It is
-    checked against its op's reference, and measured beside transformers' code, torch.compile and FlexAttention, and
-    against the roofline. The exit code is 1 if a kernel is wrong.
+    Without MODEL and with --device cuda: every kernel of the attention and indexer ops by itself, at sizes of
+    published models. It is checked against its op's reference, and measured beside transformers' code, torch.compile
+    and FlexAttention, and against the roofline. The exit code is 1 if a kernel is wrong.
     """
     with running(json) as output:
         if model is None:
