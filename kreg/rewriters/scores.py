@@ -193,9 +193,7 @@ class _Terms:
                 apart.append(part)
             else:
                 together = n.add(together, part)
-        if not isinstance(together, n.Const) or (self.some and together.value != 0):
-            return [*apart, together]
-        return apart
+        return apart if together == n.ZERO else [*apart, together]
 
     def _masks_all(self, constant: n.Const) -> bool:
         """Whether a number masks all the keys at hand, beside which there are others; a small one masks none.
@@ -388,8 +386,10 @@ def _may_mask(scores: Scores) -> bool:
 
 
 def _is_top(shift: Expr) -> bool:
-    """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or a parameter."""
+    """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or finite anyway."""
     _, e = n.scaled(shift)
+    if isinstance(shift, n.Const):
+        return abs(shift.value) < -NEGLIGIBLE
     if not isinstance(e, n.Load):
         return isinstance(e, n.Reduce) and e.kind == "max"
     node = e.node
