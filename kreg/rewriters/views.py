@@ -56,9 +56,9 @@ def compose(module: GraphModule) -> None:
         with module.graph.inserting_before(node):
             value = source
             for target, arguments in calls:
-                made = module.graph.call_function(target, (value, *arguments))
-                made.meta = {**node.meta, "val": target(value.meta["val"], *arguments)}
-                value = made
+                value = module.graph.call_function(target, (value, *arguments))
+        if value is not source:
+            value.meta = dict(node.meta)
         node.replace_all_uses_with(value)
         for view in reversed(chain):
             module.graph.erase_node(view)

@@ -110,3 +110,14 @@ def test_a_view_with_another_use_stays():
     assert sum(node.target is aten.unflatten.int or node.target is aten.view.default for node in module.graph.nodes)
     x = torch.randn(6, 4)
     assert all(torch.equal(a, b) for a, b in zip(module(x), f(x), strict=True))
+
+
+def test_views_that_undo_each_other_are_gone_and_what_they_viewed_stays_what_it_is():
+    def f(t):
+        seen = t.neg()
+        return seen.transpose(0, 1).transpose(0, 1).cos() + seen
+
+    module, _ = traced(f, x := torch.randn(6, 4))
+    assert count(module) == 0
+    assert torch.equal(module(x), f(x.neg()).cos())
+    assert all(tuple(n.meta["val"].shape) == (6, 4) for n in module.graph.nodes if "val" in n.meta)
