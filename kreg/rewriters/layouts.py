@@ -19,6 +19,18 @@ BY_STRIDES = frozenset(
 )
 """Operators whose result depends on how their input is laid out; random numbers are drawn in the order of memory."""
 
+WRITTEN_INTO = frozenset(
+    {
+        *(aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default),
+        *(aten.index_put.default, aten.index_add.default, aten.index_copy.default, aten.masked_scatter.default),
+        *(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.scatter.src, aten.scatter.value),
+        *(aten.scatter_add.default, aten.copy.default),
+    }
+)
+"""Copies with other numbers in some places: laid out as what they are copies of."""
+
+PASSING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO})
+
 
 def restored(old: Node, new: Any) -> Calls:
     """The copy that gives a new value the strides of the old one; none where nobody can tell the difference."""
@@ -49,7 +61,7 @@ def _tells(user: Node) -> bool:
 
 
 def behind(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Consumers that a value's strides reach: through views, and through pointwise operators, which keep them."""
+    """Consumers that a value's strides reach: through views, and through what keeps them."""
     pending, seen = list(nodes), set()
     while pending:
         for user in pending.pop().users:
@@ -57,7 +69,7 @@ def behind(nodes: Iterable[Node]) -> Iterator[Node]:
                 continue
             seen.add(user)
             yield user
-            if user.target in LAYOUT or user.target in POINTWISE or user.target is operator.getitem:
+            if user.target in PASSING or user.target is operator.getitem:
                 pending.append(user)
 
 

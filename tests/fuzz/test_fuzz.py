@@ -53,6 +53,47 @@ def test_a_plain_form_is_rewritten_and_equal(program: Program) -> None:
     assert not missing_ops(program, verdict.raised), verdict
 
 
+FOUND: tuple[Program, ...] = (
+    Attention(
+        queries=1,
+        keys=5,
+        masks=(Mask(fill="added", offset=4), Mask(offset=-1)),
+        joined=True,
+        bias="alibi",
+        merged=False,
+    ),
+    Attention(
+        layout="sd",
+        batch=1,
+        groups=1,
+        masks=(Mask(value="min"),),
+        bias="input",
+        merged=False,
+        trained=True,
+        twists=("q: leaked",),
+    ),
+    Attention(projection="fused", product="sdpa", merged=False, twists=("q: rounded to bfloat16", "q: leaked")),
+    Attention(layout="nsd", groups=1, sink="behind", merged=False, twists=("logits: raised by one",)),
+    Attention(
+        layout="bgrsd",
+        projection="fused",
+        batch=1,
+        ratio=2,
+        product="sdpa",
+        dtype="float64",
+        masks=(Mask(kind="band", width=1), Mask(kind="documents", fill="multiplied", value="min")),
+        twists=("out: mutated by a view",),
+    ),
+)
+"""What long runs came upon."""
+
+
+@pytest.mark.parametrize("program", FOUND, ids=repr)
+def test_what_came_out_wrong_once_does_no_more(program: Program) -> None:
+    verdict = judge(program)
+    assert verdict.kind in ("rewritten", "untouched"), verdict
+
+
 def hold(program: Program, tally: Tally) -> None:
     """A program is not wrong, and raised if it is a plain one."""
     verdict = judge(program)
