@@ -385,6 +385,7 @@ def _is_idle(node: Node) -> bool:
 
 def trace_gradients(module: GraphModule, inputs: Sequence[Any]) -> None:
     """Marks the nodes through which gradients flow (``meta["trains"]``), from the inputs that require one.
+
     Also those that stop a gradient (``meta["cut"]``), which may be that of an input that requires none as yet, in a
     program that is captured without gradients and may be trained: only what the graph itself says counts.
     """

@@ -29,7 +29,8 @@ WRITTEN_INTO = frozenset(
 )
 """Copies with other numbers in some places: laid out as what they are copies of."""
 
-PASSING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO})
+KEEPING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO, operator.getitem})
+"""Operators whose result is laid out by how their input is."""
 
 
 def restored(old: Node, new: Any) -> Calls:
@@ -69,7 +70,7 @@ def behind(nodes: Iterable[Node]) -> Iterator[Node]:
                 continue
             seen.add(user)
             yield user
-            if user.target in PASSING or user.target is operator.getitem:
+            if user.target in KEEPING:
                 pending.append(user)
 
 

@@ -387,9 +387,9 @@ def _may_mask(scores: Scores) -> bool:
 
 def _is_top(shift: Expr) -> bool:
     """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or finite anyway."""
-    _, e = n.scaled(shift)
     if isinstance(shift, n.Const):
         return abs(shift.value) < -NEGLIGIBLE
+    _, e = n.scaled(shift)
     if not isinstance(e, n.Load):
         return isinstance(e, n.Reduce) and e.kind == "max"
     node = e.node

@@ -103,8 +103,13 @@ class ScopeCall(_Call):
         first = self.first(args, kwargs)
         step = first is not None and first.dim() == 2 and first.shape[1] == 1
         watched = not step and self.owner.account.watching
-        with _recorded(watched), _Outermost("step" if step else "watched" if watched else "call"):
-            return self.module._call_impl(*args, **kwargs)
+        with Recorder() if watched else _NOTHING:  # type: ignore[no-untyped-call]
+            try:  # and no context of its own: an interrupt may come where a function begins
+                _thread.modes = torch._C._len_torch_dispatch_stack()
+                _thread.inside = "step" if step else "watched" if watched else "call"
+                return self.module._call_impl(*args, **kwargs)
+            finally:
+                _thread.inside = ""
 
 
 class RegionCall(_Call):
@@ -164,25 +169,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class _Outermost:
-    """While the outermost scope runs; plain methods, between whose lines no interrupt comes."""
-
-    def __init__(self, inside: str) -> None:
-        self.inside = inside
-
-    def __enter__(self) -> None:
-        _thread.modes = torch._C._len_torch_dispatch_stack()
-        _thread.inside = self.inside
-
-    def __exit__(self, *error: object) -> None:
-        _thread.inside = ""
-
-
 _NOTHING = contextlib.nullcontext()
-
-
-def _recorded(watched: bool) -> contextlib.AbstractContextManager[object]:
-    return Recorder() if watched else _NOTHING  # type: ignore[no-untyped-call]
 
 
 def attach(
