@@ -144,6 +144,8 @@ class _Terms:
             self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
             return
         match e:
+            case n.Apply("mul", (n.Const(0.0), *_)) if has_product(e):
+                raise Refused("the scores are multiplied by 0, which is NaN wherever they are infinite", self.at)
             case n.Apply("mul", (n.Const(c), *rest)) if has_product(e):
                 self.collect(n.product(tuple(rest)), factor * c, depth)
                 return

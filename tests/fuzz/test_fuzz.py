@@ -84,6 +84,15 @@ FOUND: tuple[Program, ...] = (
         masks=(Mask(kind="band", width=1), Mask(kind="documents", fill="multiplied", value="min")),
         twists=("out: mutated by a view",),
     ),
+    Attention(
+        layout="nsd",
+        projection="fused",
+        groups=1,
+        masks=(Mask(fill="added", value="min"),),
+        bias="input",
+        merged=False,
+        twists=("logits: nothing",),
+    ),
 )
 """What long runs came upon."""
 
