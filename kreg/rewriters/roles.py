@@ -105,7 +105,8 @@ def assign(index: Index, weights: Index, key: Var, scores: Scores, v: Expr, sink
     query = _query(per_query, key, scores)
     repeats = tuple(x for x in per_query if x not in query)
     by_query = sink is not None and bool(sink.variables & set(query))
-    heads = _heads(shared, per_query, key, scores, None if by_query else sink)
+    together = any(i.variables & set(shared) and i.variables & set(repeats) for i in weights)
+    heads = _heads(shared, per_query, key, scores, None if by_query else sink, together)
     batch = tuple(x for x in shared if x not in heads)
     return Roles(batch, heads, repeats, query, key, scores.product.channels, channel)
 
@@ -130,12 +131,18 @@ def _query(per_query: Sequence[Var], key: Var, scores: Scores) -> Group:
     return tuple(per_query[-1:])
 
 
-def _heads(shared: Sequence[Var], per_query: Sequence[Var], key: Var, scores: Scores, sink: Expr | None) -> Group:
-    """The key heads: what the sinks are indexed by, else the last shared variable that no padding mask is over."""
+def _heads(
+    shared: Sequence[Var], per_query: Sequence[Var], key: Var, scores: Scores, sink: Expr | None, together: bool
+) -> Group:
+    """The key heads: what the sinks are indexed by, else the last shared variable that no padding mask is over.
+
+    One shared variable beside several of the queries is a batch of one shared head each, unless the model keeps it
+    ``together`` with those that repeat it, as the heads of a batch of one.
+    """
     if sink is not None and sink.variables & set(shared):
         return tuple(x for x in shared if x in sink.variables)
     conditions = [c for mask in scores.masks for c in n.conjuncts(mask.keep) if key in c.variables]
     padded = {x for c in conditions if not c.variables & set(per_query) for x in c.variables}
     free = [x for x in shared if x not in padded]
-    alone = len(shared) == 1 and len(per_query) > 1  # one shared head of many batches, not many heads of one batch
+    alone = len(shared) == 1 and len(per_query) > 1 and not together
     return () if alone else tuple(free[-1:])
