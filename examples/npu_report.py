@@ -34,7 +34,7 @@ import torch
 import kreg
 from kreg.bench import Case, run
 from kreg.errors import SelectionError
-from kreg.registry import library
+from kreg.registry import calls, library
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
 from kreg.registry.environment import Environment, InstalledPackages, availability
@@ -195,8 +195,8 @@ def judged(spec: KernelSpec, here: Environment, sizes: dict[str, Any]) -> dict[s
 
 def takes(spec: KernelSpec, op: Op, sample: dict[str, Any]) -> bool:
     """Whether a kernel's constraints hold for a call."""
-    facts = library.call_facts(op, {**op.defaults, **sample})
-    names = library.facts_names(op)
+    facts = calls.call_facts(op, {**op.defaults, **sample})
+    names = calls.facts_names(op)
     return all(Constraint.parse(text, names).holds(facts) for text in spec.constraints)
 
 
@@ -210,9 +210,9 @@ def compared(spec: KernelSpec, op: Op, sample: dict[str, Any], device: str) -> d
     """One call on the device against the reference in float64 on the CPU, and its gradients."""
     mine = {n: _leaf(op, spec, n, v.to(device)) if isinstance(v, torch.Tensor) else v for n, v in sample.items()}
     exact = {n: _leaf(op, spec, n, _double(v)) if isinstance(v, torch.Tensor) else v for n, v in sample.items()}
-    with library.judged():  # one that raises is not answered for by the reference
-        got = library.results(library.overload(op)(**mine, kernel=spec.name))
-        want = library.results(op.reference(**exact))
+    with calls.judged():  # one that raises is not answered for by the reference
+        got = calls.results(library.overload(op)(**mine, kernel=spec.name))
+        want = calls.results(op.reference(**exact))
         plain = tuple(t.detach().cpu() for t in got), tuple(t.detach() for t in want)
         tolerance = op.tolerances[next(v.dtype for v in sample.values() if isinstance(v, torch.Tensor))]
         error, scale = op.error(sample, *plain), _largest(next((t for t in plain[1] if t.is_floating_point()), None))
@@ -375,13 +375,13 @@ def models(device: str, sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat
 
 def rewritten(model: Any, ids: Any, device: str, plan: Any, judge: Any, before: dict[str, Any]) -> dict[str, Any]:
     """One plan's errors: passed if sites are replaced, they answer all calls, and it is about as close as eager."""
-    library.fallbacks.clear()
+    calls.fallbacks.clear()
     with contextlib.redirect_stdout(io.StringIO()):
         kreg.rewrite(model, device, {"input_ids": ids}, **plan)
     errors = apart(step(model, ids), judge)
     report = kreg.report(model)
     replaced = sum(site.status == "replaced" for site in report.sites)
-    fallbacks = [f"{kernel}: {reason} (x{n})" for (kernel, reason), n in library.fallbacks.items()]
+    fallbacks = [f"{kernel}: {reason} (x{n})" for (kernel, reason), n in calls.fallbacks.items()]
     wrong = any(site.verify is not None and not site.verify.passed for site in report.sites)
     close = "logits" in before and all(errors[k] <= NO_FURTHER * before[k] for k in ("logits", "gradients"))
     passed = close and replaced and not wrong and not fallbacks and not report.calls.original

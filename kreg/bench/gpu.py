@@ -18,10 +18,10 @@ from kreg.bench.gpu_cases import arguments, work
 from kreg.bench.gpu_check import Check, check
 from kreg.bench.gpu_timing import Ceilings, Timer, ceilings, graphed
 from kreg.bench.measure import peak_bytes
+from kreg.registry.calls import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
 from kreg.registry.environment import Environment, availability
-from kreg.registry.library import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.spec import KernelSpec
 
 Progress = Callable[[str], None]

@@ -10,8 +10,8 @@ import torch
 
 from kreg.bench.gpu_case import GROUPED, SMALL_HEADS, Case
 from kreg.bench.gpu_cases import arguments
+from kreg.registry.calls import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.constraints import Constraint
-from kreg.registry.library import Kernel, bind, call_facts, facts_names, results
 from kreg.registry.op import Op, largest_difference
 from kreg.registry.spec import KernelSpec
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from kreg.errors import SpecError
+from kreg.registry.calls import facts_names
 from kreg.registry.constraints import Constraint
-from kreg.registry.library import facts_names
 from kreg.registry.op import Op
 from kreg.registry.ops.to_come import OPS_TO_COME
 from kreg.registry.sources import Item

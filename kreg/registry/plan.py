@@ -10,10 +10,10 @@ import torch
 
 from kreg.errors import SpecError
 from kreg.registry.assignment import Assignment, assign
+from kreg.registry.calls import facts_names
 from kreg.registry.catalogue import Catalogue
 from kreg.registry.constraints import Constraint, SymbolicSize, Value, Verdict
 from kreg.registry.environment import Environment, availability
-from kreg.registry.library import facts_names
 from kreg.registry.ops.to_come import no_contract
 from kreg.registry.selection import selected
 from kreg.registry.spec import Cost, KernelSpec

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from kreg.registry.calls import bind, call_facts
 from kreg.registry.constraints import SymbolicSize
-from kreg.registry.library import bind, call_facts, op_of
+from kreg.registry.library import op_of
 from kreg.registry.op import Op
 from kreg.registry.plan import SiteFacts
 from kreg.rewriters.raising import SITE

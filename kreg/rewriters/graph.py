@@ -22,7 +22,7 @@ FIXED = "kreg_fixed"
 """Key in an input's ``meta``: the stored tensor is part of the code. No state_dict holds it, and nothing writes it."""
 
 WRITTEN = "kreg_written"
-"""Key in an input's ``meta``: the program ends by writing a new value into it."""
+"""Key in the ``meta`` of an input, and of each view of it: the program ends by writing a new value into it."""
 
 PARAMETER = "kreg_parameter"
 """Key in an input's ``meta``: whether it is a parameter of the model."""
@@ -109,3 +109,8 @@ def upstream(outputs: list[Node], stops: set[Node]) -> Iterator[Node]:
         seen.add(node)
         yield node
         pending.extend(node.all_input_nodes)
+
+
+def is_learnt(node: Node) -> bool:
+    """Whether a value is made of parameters alone."""
+    return all(source.meta.get(PARAMETER, False) for source in upstream([node], set()) if source.op == "placeholder")

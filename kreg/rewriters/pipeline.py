@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
+from kreg.registry.calls import judged
 from kreg.registry.catalogue import catalogue
 from kreg.registry.environment import Environment
-from kreg.registry.library import judged
 from kreg.registry.plan import Plan, SiteFacts, make_plan
 from kreg.rewriters import mask_check
 from kreg.rewriters import verify as verification

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import kreg
-from kreg.registry.library import bind
+from kreg.registry.calls import bind
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.report import Report, SiteReport
 from tests.handwritten import models

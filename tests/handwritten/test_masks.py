@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import kreg
-from kreg.registry.library import bind
+from kreg.registry.calls import bind
 from kreg.registry.ops.attention import band
 from kreg.rewriters.facts import op_nodes
 from kreg.rewriters.report import SiteReport

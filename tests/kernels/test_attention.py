@@ -14,8 +14,8 @@ from torch import Tensor
 import kreg
 from kreg.kernels.attention import cpu, sdpa
 from kreg.kernels.tiles import Band
+from kreg.registry.calls import facts_names
 from kreg.registry.constraints import Constraint, SymbolicSize, Verdict
-from kreg.registry.library import facts_names
 from kreg.registry.ops import ATTENTION
 from kreg.registry.ops.attention import EMPTY, band, random_documents, random_padding, reference, work
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from kreg.kernels.block_indexer import cpu as blocks
 from kreg.kernels.lightning_indexer import cpu as indexer
 from kreg.kernels.selected_attention import cpu as selected
+from kreg.registry.calls import facts_names
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
-from kreg.registry.library import facts_names
 from kreg.registry.ops import ATTENTION, BLOCK_INDEXER, LIGHTNING_INDEXER, SELECTED_ATTENTION
 from kreg.registry.ops.attention import EMPTY
 from kreg.registry.ops.selected_attention import named, random_indices

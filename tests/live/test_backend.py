@@ -25,7 +25,7 @@ assert "kreg" not in sys.modules
 got = torch.compile(Attention(), backend="kreg")(q, k, v)
 assert "kreg" in sys.modules
 assert torch.allclose(got, Attention()(q, k, v), atol=1e-5)
-from kreg.registry.library import resolve
+from kreg.registry.calls import resolve
 print(resolve.cache_info().currsize)
 """
 

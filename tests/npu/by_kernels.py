@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kreg.registry import library
+from kreg.registry.calls import bind, defined, fallbacks, judged
 from kreg.registry.op import Op
 
 
@@ -40,11 +41,11 @@ class Calls:
 @contextlib.contextmanager
 def by_kernels() -> Iterator[Calls]:
     """Runs what is inside with kernels; one that raises is not answered for by the reference, nor one left out."""
-    before = library.fallbacks.total()
+    before = fallbacks.total()
     calls = Calls()
-    with library.judged(), _ByKernels(calls):
+    with judged(), _ByKernels(calls):
         yield calls
-    assert library.fallbacks.total() == before, dict(library.fallbacks)
+    assert fallbacks.total() == before, dict(fallbacks)
 
 
 class _ByKernels(TorchDispatchMode):
@@ -59,9 +60,9 @@ class _ByKernels(TorchDispatchMode):
         if func.namespace != "kreg":
             return func(*args, **kwargs)
         name, backward = func._schema.name.removeprefix("kreg::"), False
-        if name not in library._defined:
+        if name not in defined:
             name, backward = name.removesuffix("_backward"), True
-        op, kernel = library._defined[name], kwargs["kernel"] if backward else kwargs.get("kernel", "")
+        op, kernel = defined[name], kwargs["kernel"] if backward else kwargs.get("kernel", "")
         want = func(*args, **kwargs)
         # a mode stands below autograd; an op's kernel does not, and one without a backward is differentiated
         with torch.overrides.enable_reentrant_dispatch(), self:
@@ -72,7 +73,7 @@ class _ByKernels(TorchDispatchMode):
 
     @staticmethod
     def _forward(op: Op, args: Any, kwargs: Any) -> Any:
-        found = library._call(op, library.bind(op, args, kwargs))
+        found = library._called(op, bind(op, args, kwargs))
         return found[0] if op.outputs == 1 else found
 
 

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import kreg
 from kreg.registry import catalogue, library
+from kreg.registry.calls import resolve
 from kreg.registry.ops import BUILTIN_OPS
 from tests.npu.by_kernels import by_kernels
 
@@ -60,9 +61,9 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         kreg.kernel(name=name, **declared, **options)(function)
         return name
 
-    library.resolve.cache_clear()
+    resolve.cache_clear()
     yield registered
-    library.resolve.cache_clear()
+    resolve.cache_clear()
 
 
 def run(kernel: str) -> Any:
@@ -94,7 +95,7 @@ def test_a_call_with_a_wrong_argument_is_not_answered_for_by_the_reference(regis
 
 
 def test_a_kernel_that_cannot_be_had_is_not_taken_for_one_that_ran() -> None:
-    library.resolve.cache_clear()
+    resolve.cache_clear()
     with pytest.raises(AssertionError, match="not importable"):
         run("test.nowhere")
 

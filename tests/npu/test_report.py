@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import kreg
-from kreg.registry import catalogue, library
+from kreg.registry import catalogue
+from kreg.registry.calls import resolve
 from kreg.registry.environment import Environment
 
 pytest.importorskip("torch_npu", reason="torch_npu cannot be imported here: dev.py npu", exc_type=ImportError)
@@ -86,9 +87,9 @@ def test_a_kernel_that_is_wrong_fails(wrong: Any, where: str, monkeypatch: pytes
 
     kreg.kernel(op="attention", name="test.off", devices=["cpu"], dtypes=["float32"], trains=True)(off)
     report, here = script(), Environment.detect("cpu")
-    library.resolve.cache_clear()
+    resolve.cache_clear()
     found = report.judged(known.kernel("test.off"), here, report.SIZES["small"])
-    library.resolve.cache_clear()
+    resolve.cache_clear()
     assert found["outcome"] == "failed"
     off_by = [sample["error"] > sample["accepted"] for sample in found["samples"] if sample["outcome"] == "failed"]
     assert any(off_by) == (where == "error")

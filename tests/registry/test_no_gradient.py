@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kreg.registry.catalogue import catalogue
-from kreg.registry.library import direct, overload
+from kreg.registry.direct import direct
+from kreg.registry.library import overload
 from kreg.registry.ops import ATTENTION, SELECTED_ATTENTION, SPARSE_ATTENTION
 
 CASES = [
@@ -17,7 +18,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("made", [overload, lambda op: direct(op, {})], ids=["operator", "direct"])
+def called_directly(op):
+    def run(*positional, **rest):
+        given = {**dict(zip(op.arguments, positional, strict=False)), **rest}
+        tensors = {name: given.pop(name) for name in op.tensors if given.get(name) is not None}
+        return direct(op, tuple(tensors), {name: given[name] for name in given if name not in op.tensors})(
+            *tensors.values()
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("made", [overload, called_directly], ids=["operator", "direct"])
 @pytest.mark.parametrize(("op", "kernel"), CASES, ids=[f"{op.name}-{kernel or 'reference'}" for op, kernel in CASES])
 def test_lse_passes_no_gradient_on(op, kernel, made):
     sample = list(op.samples(torch.float64, torch.Generator().manual_seed(0)))[1]

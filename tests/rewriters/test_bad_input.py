@@ -121,7 +121,7 @@ def test_forcing_two_kernels_that_exclude_each_other_names_both() -> None:
 @pytest.fixture
 def added() -> Iterator[None]:
     """Kernels that a test adds, taken out again after it."""
-    from kreg.registry.library import resolve
+    from kreg.registry.calls import resolve
 
     before = catalogue()._contents
     yield
@@ -196,7 +196,7 @@ def test_a_kernel_of_the_users_that_is_right_is_taken() -> None:
 @pytest.mark.usefixtures("added")
 def test_a_kernel_that_is_not_installed_is_computed_by_the_reference_and_counted() -> None:
     """A saved program may name a kernel that is not there where it is loaded."""
-    from kreg.registry.library import fallbacks, resolve
+    from kreg.registry.calls import fallbacks, resolve
 
     resolve.cache_clear()
     out, _ = torch.ops.kreg.attention(Q, K, V, scale=0.3, kernel="nowhere.kernel")

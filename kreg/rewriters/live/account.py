@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from kreg.registry.calls import fallbacks
 from kreg.registry.catalogue import catalogue
-from kreg.registry.library import fallbacks
 from kreg.registry.plan import SiteFacts
 from kreg.rewriters.live.variants import Variant
 from kreg.rewriters.report import Calls, NearMissReport, Report, Seconds, SiteReport
@@ -23,24 +23,10 @@ QUIET = 4
 
 
 class _Thread(threading.local):
-    path: str | None = None  # none while a backward pass computes a layer anew
+    path: str | None = None  # of the region that runs; none while a backward pass computes a layer anew
     rewritten = False
     counting = True
     watched = False
-
-
-class _Running:
-    """While a region runs; entered for each layer of each call, so without a generator."""
-
-    def __init__(self, now: _Thread, path: str) -> None:
-        self.now = now
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.outer, self.now.path = self.now.path, self.path
-
-    def __exit__(self, *error: object) -> None:
-        self.now.path = self.outer
 
 
 class Account:
@@ -63,7 +49,7 @@ class Account:
         self.quiet = 0
         self.decided = decided
         self._before = Counter(fallbacks)
-        self._now = _Thread()
+        self.now = _Thread()
 
     @property
     def watching(self) -> bool:
@@ -72,7 +58,7 @@ class Account:
 
     def watch(self) -> None:
         """It matters to a graph of this call how its inputs were made."""
-        self._now.watched = True
+        self.now.watched = True
 
     def added(self, variant: Variant) -> None:
         """A variant was made, for the region that is running."""
@@ -106,12 +92,12 @@ class Account:
 
     def ran(self, variant: Variant) -> None:
         """A variant answers for the region that is running."""
-        self._now.rewritten |= variant.replaced and not variant.report.dry_run
+        self.now.rewritten |= variant.replaced and not variant.report.dry_run
         self._answers(variant)
 
     def _answers(self, variant: Variant) -> None:
-        if self._now.path is not None:
-            self.places.setdefault(self._now.path, {})[id(variant)] = variant
+        if self.now.path is not None:
+            self.places.setdefault(self.now.path, {})[id(variant)] = variant
 
     def failed(self, reason: str) -> None:
         """The original code answered; said once in the log, and counted."""
@@ -119,14 +105,10 @@ class Account:
             log.warning("%s: %s. The original code answers", self.model, reason)
         self.reasons[reason] += 1
 
-    def region(self, path: str) -> _Running:
-        """While a region runs."""
-        return _Running(self._now, path)
-
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """While a call of the whole model runs."""
-        now = self._now
+        now = self.now
         outer, now.rewritten, now.watched = now.rewritten, False, False
         try:
             yield
@@ -140,11 +122,11 @@ class Account:
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """While the model is run to capture it."""
-        self._now.counting = False
+        self.now.counting = False
         try:
             yield
         finally:
-            self._now.counting = True
+            self.now.counting = True
 
     def report(self) -> Report:
         """Every region's sites, by the variant that replaced most in it; near misses of all; the calls so far."""

@@ -89,8 +89,13 @@ class _Call:
 
     def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The first tensor among the inputs, in the order of ``forward``."""
-        values = (*args, *(kwargs.get(name) for name in self.names))
-        return next((value for value in values if isinstance(value, torch.Tensor)), None)
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                return value
+        for name in self.names:
+            if isinstance(value := kwargs.get(name), torch.Tensor):
+                return value
+        return None
 
 
 class ScopeCall(_Call):
@@ -132,22 +137,29 @@ class RegionCall(_Call):
             return self.module._call_impl(*args, **kwargs)
         if inside and torch._C._len_torch_dispatch_stack() != _thread.modes:  # the model's own code put a mode there
             return self.module._call_impl(*args, **kwargs)
-        owner = self.owner
+        now = self.owner.account.now
+        outer = now.path
         try:
-            # Dynamo would not capture under the recorder
-            with owner.account.region(self.path), _pop_mode_temporarily() if inside == "watched" else _NOTHING:
-                return self._compiled(first, (args, kwargs))(self.module, args, kwargs)
+            now.path = self.path
+            call = self._compiled(first, args, kwargs)
+            if inside != "watched":
+                return call(self.module, args, kwargs)
+            with _pop_mode_temporarily():  # Dynamo would not capture under the recorder
+                return call(self.module, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
-            owner.account.failed(f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}")
+            reason = f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}"
+            self.owner.account.failed(reason)
+        finally:
+            now.path = outer
         return self.module._call_impl(*args, **kwargs)
 
-    def _compiled(self, first: torch.Tensor, inputs: Any) -> CompiledCall:
-        sizes = tuple(first.shape[:2])
+    def _compiled(self, first: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledCall:
+        sizes = first.shape[:2]
         if self.sizes is None:
             self.sizes = sizes if self.owner.fix_first else ()
         if sizes == self.sizes or not self.owner.settings.dynamic:
             return self.owner.fixed
-        _mark_static(inputs, {size for size in sizes if size > 1})
+        _mark_static((args, kwargs), {size for size in sizes if size > 1})
         return self.owner.varying
 
 

@@ -21,6 +21,9 @@ from torch._dynamo.guards import GuardManagerWrapper
 
 Backend = Callable[..., Callable[..., Any]]
 
+GRAPH = "__compiled_fn"
+"""How the names begin that Dynamo gives to graphs."""
+
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
@@ -67,12 +70,19 @@ class CompiledCall:
         """Guards and code of the cached graphs that are all of their call."""
         for entry in self._entries():
             if _is_whole(entry.code):
-                yield entry.guard_manager, FunctionType(entry.code, _call.__globals__)
+                yield entry.guard_manager, FunctionType(entry.code, _bare_globals(entry.code))
+
+
+def _bare_globals(code: CodeType) -> dict[str, Any]:
+    """What code that Dynamo made refers to, its graphs without the wrapper that hides them from a running Dynamo."""
+    known = _call.__globals__
+    graphs = {name: known[name] for name in code.co_names if name.startswith(GRAPH)}
+    return known | {name: getattr(graph, "_torchdynamo_orig_callable", graph) for name, graph in graphs.items()}
 
 
 def _is_whole(code: CodeType) -> bool:
     """Whether code that Dynamo made calls a graph and goes on in no further frame, which Dynamo would have to see."""
-    calls = any(name.startswith("__compiled_fn") for name in code.co_names)
+    calls = any(name.startswith(GRAPH) for name in code.co_names)
     return calls and not any(name.startswith("__resume_at") for name in code.co_names)
 
 
@@ -87,9 +97,13 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         # A scale or an epsilon is part of the code, and no input. Made once: making it takes longer than entering it.
-        # Sizes that depend on data (a boolean index) stay in the graph; hooks that come later are seen.
+        # Sizes that depend on data (a boolean index) stay in the graph; hooks that come later are seen; no graph
+        # announces its calls to the profiler, which costs as much as a small operator.
         self.settings = torch._dynamo.config.patch(
-            specialize_float=True, capture_dynamic_output_shape_ops=True, skip_nnmodule_hook_guards=False
+            specialize_float=True,
+            capture_dynamic_output_shape_ops=True,
+            skip_nnmodule_hook_guards=False,
+            record_runtime_overhead=False,
         )
 
 

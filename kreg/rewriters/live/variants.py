@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ import sympy
 import torch
 import torch.utils.checkpoint
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
-from kreg.registry.library import direct
+from kreg.registry.direct import direct
 from kreg.registry.plan import SiteFacts
 from kreg.rewriters.capture import first_sentences
 from kreg.rewriters.facts import op_nodes
@@ -54,6 +56,10 @@ class Listener(Protocol):
     @property
     def excluded(self) -> Mapping[str, str]:
         """The kernels that are off because of others in the model, and why."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether it is noted how masks and positions are made."""
 
     def added(self, variant: Variant) -> None:
         """A variant was made."""
@@ -172,6 +178,8 @@ class CapturedGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs."""
+        if not self.writes:
+            return self._answer(inputs)
         try:
             return self._answer(inputs)
         finally:
@@ -181,9 +189,9 @@ class CapturedGraph:
     def _answer(self, inputs: tuple[Any, ...]) -> Any:
         if self.functional is None:
             return self.original(*inputs)
-        variant, further = self._choose(inputs)
+        variant, further = (self.base, []) if self._is_settled() else self._choose(inputs)
         if self.listener is not None:
-            if self.tried:
+            if self.variants or self.refused or self.misfits:
                 self.listener.watch()
             if variant is not None:
                 self.listener.ran(variant)
@@ -198,6 +206,12 @@ class CapturedGraph:
             variant.broken = True
             self._failed("a rewritten graph failed while running", error)
         return outputs
+
+    def _is_settled(self) -> bool:
+        """Whether the variant that rests on nothing answers whatever call comes."""
+        if self.base is None or self.base.broken or self.base.conditions or self.variants:
+            return False
+        return not self.watched or (self.listener is not None and not self.listener.watching)
 
     def _choose(self, inputs: Sequence[Any]) -> tuple[Variant | None, list[Any]]:
         """The variant that rests on most of how the inputs of a call were made, and the further inputs for it."""
@@ -325,9 +339,17 @@ def _return_tuple(module: GraphModule) -> None:
 def _called_directly(module: GraphModule) -> Compiled:
     """The graph with its ops called without the dispatcher, and the rest in the quickest way there is."""
     for node, op in list(op_nodes(module.graph)):
-        constants = {name: value for name, value in node.kwargs.items() if not isinstance(value, Node)}
-        node.target = direct(op, constants)
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in constants}
+        given = {**dict(zip(op.arguments, node.args, strict=False)), **node.kwargs}
+        calls = [
+            n for n in (*op.tensors, *op.attributes) if any(isinstance(x, Node) for x in tree_leaves(given.get(n)))
+        ]
+        alone = op.outputs > 1 and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+        node.target = direct(op, calls, {n: value for n, value in given.items() if n not in calls}, alone=alone)
+        node.args, node.kwargs = tuple(given[n] for n in calls), {}
+        for user in list(node.users) if alone else ():
+            node.meta = dict(user.meta)
+            user.replace_all_uses_with(node)
+            module.graph.erase_node(user)
     compose(module)
     bind(module)
     forward: Compiled = module.forward

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from kreg.registry.library import bind, op_of
+from kreg.registry.calls import bind
+from kreg.registry.library import op_of
 from kreg.rewriters.graph import NOTE
 from kreg.rewriters.site import Mask, Operand, Output, Site
 

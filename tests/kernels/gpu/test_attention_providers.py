@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kreg.kernels.attention import cuda, cuda_cudnn, flash, flex, flex_blocks
+from kreg.registry.calls import call_facts, facts_names, recompute
 from kreg.registry.catalogue import catalogue
 from kreg.registry.constraints import Constraint
-from kreg.registry.library import _recompute, call_facts, facts_names
 from kreg.registry.ops import ATTENTION
 from kreg.registry.ops.attention import band
 
@@ -303,7 +303,7 @@ ADAPTERS = {
     "torch.flash": (cuda.flash, cuda.flash_backward),
     "torch.efficient": (cuda.efficient, cuda.efficient_backward),
     "torch.cudnn": (cuda_cudnn.forward, cuda_cudnn.backward),
-    "flash_attn.func": (flash.forward, _recompute(flash.forward)),
+    "flash_attn.func": (flash.forward, recompute(flash.forward)),
 }
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kreg.registry.library import judged
+from kreg.registry.calls import judged
 from kreg.registry.ops import LIGHTNING_INDEXER as OP
 from kreg.registry.ops.lightning_indexer import all_scores
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import kreg.kernels
-from kreg.registry import library
+from kreg.registry.calls import call_facts, facts_names, recompute, results
 from kreg.registry.constraints import Constraint
 from kreg.registry.op import Op
 from kreg.registry.ops import BUILTIN_OPS
@@ -52,7 +52,7 @@ def bound(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
 def takes(spec: KernelSpec, arguments: dict[str, Any]) -> bool:
     """Whether the spec's constraints hold for these arguments."""
     op = OPS[spec.op]
-    facts, names = library.call_facts(op, bound(op, arguments)), library.facts_names(op)
+    facts, names = call_facts(op, bound(op, arguments)), facts_names(op)
     return all(Constraint.parse(text, names).holds(facts) for text in spec.constraints)
 
 
@@ -91,7 +91,7 @@ def gradients(
     spec: KernelSpec, op: Op, grads: Outputs, got: Outputs, names: list[str], arguments: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """By the kernel's own backward; without one, as the library does it."""
-    run = spec.backward_point() or library._recompute(spec.entry_point())
+    run = spec.backward_point() or recompute(spec.entry_point())
     return dict(run(grads, got, frozenset(names), **bound(op, arguments)))
 
 
@@ -102,8 +102,8 @@ def check(spec: KernelSpec, arguments: dict[str, Any], dtype: torch.dtype | None
     tolerance, want_at = op.tolerances[dtype or first.dtype], exact(op, arguments)
     want = op.reference(**want_at)
     with torch.no_grad():
-        got = library.results(spec.entry_point()(**bound(op, arguments)))
-        for mine, fake in zip(got, library.results(op.fake(**arguments)), strict=True):
+        got = results(spec.entry_point()(**bound(op, arguments)))
+        for mine, fake in zip(got, results(op.fake(**arguments)), strict=True):
             assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())
     plain = tuple(x.detach() for x in want)
     if op.name == "lightning_indexer":

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from kreg.kernels.attention import npu_varlen
 from kreg.registry import library
+from kreg.registry.calls import fallbacks, judged, recompute, results
 from kreg.registry.environment import Environment, EveryPackage, availability
 from kreg.registry.spec import KernelSpec
 
@@ -58,28 +59,28 @@ def test_on_fake_npu_tensors_it_gives_what_the_ops_shape_rule_says(
     monkeypatch.setattr(npu_varlen, "ends", a_document_a_row)
     op, calls = OPS[spec.op], calls_of(spec)
     assert calls
-    library.fallbacks.clear()
+    fallbacks.clear()
     for arguments in calls:
         mode = FakeTensorMode()
         there = bound(op, on_npu(arguments, mode))
         with mode, torch.no_grad():
-            got = library.results(spec.entry_point()(**there))
-            want = library.results(op.fake(**there))
+            got = results(spec.entry_point()(**there))
+            want = results(op.fake(**there))
             assert [described(x) for x in got] == [described(x) for x in want]
             names = [name for name in op.differentiable if there[name] is not None]
             grads = tuple(torch.empty_like(x) if x.is_floating_point() else None for x in got)
-            run = spec.backward_point() or library._recompute(spec.entry_point())
+            run = spec.backward_point() or recompute(spec.entry_point())
             found = run(grads, got, frozenset(names), **there)
             assert set(found) == set(names)
             assert all(found[n].shape == there[n].shape and found[n].device.type == "npu" for n in names)
-    assert not library.fallbacks
+    assert not fallbacks
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_operator_in_a_graph_runs_it_forward_and_backward(spec: KernelSpec) -> None:
     op = OPS[spec.op]
     operator = library.overload(op)
-    library.fallbacks.clear()
+    fallbacks.clear()
     for arguments in calls_of(spec):
         if arguments.get("ratio") == 128:
             continue  # nothing new, and large
@@ -87,7 +88,7 @@ def test_the_operator_in_a_graph_runs_it_forward_and_backward(spec: KernelSpec) 
         leaves = {name: arguments[name].clone().requires_grad_() for name in names}
         results = {}
         for kernel in (f"{spec.name}?", ""):
-            with library.judged():
+            with judged():
                 out = operator(**(arguments | leaves), kernel=kernel)
             out = out if isinstance(out, torch.Tensor) else out[0]
             if not out.is_floating_point():
@@ -98,7 +99,7 @@ def test_the_operator_in_a_graph_runs_it_forward_and_backward(spec: KernelSpec) 
             assert torch.equal(known, ~mine.isnan())
             error = largest((mine.float() - reference.float())[known])
             assert op.tolerances[BF16].accepts(error, 2 * largest(reference[known]))
-    assert not library.fallbacks
+    assert not fallbacks
 
 
 class ByTorchNpusRule(TorchDispatchMode):
@@ -125,7 +126,7 @@ def test_what_is_computed_here_for_each_operator_has_the_shapes_of_torch_npus_ow
             op = OPS[spec.op]
             for arguments in calls_of(spec)[-8:] if spec.provider == "torch_npu" else ():
                 there = bound(op, arguments)
-                got = library.results(spec.entry_point()(**there))
+                got = results(spec.entry_point()(**there))
                 grads = tuple(torch.ones_like(x) if x.is_floating_point() else None for x in got)
                 names = frozenset(name for name in op.differentiable if there[name] is not None)
                 backward = spec.backward_point()
