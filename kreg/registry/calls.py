@@ -144,7 +144,13 @@ def gradients(
             raise
         found = recompute(op.reference)(grads, outputs, needed, **arguments)
         _raised(chosen.name, " in its backward", error)
-    return {name: found[name].to(arguments[name].dtype) for name in needed if arguments[name] is not None}
+    kept: dict[str, torch.Tensor] = {}
+    for name in needed:
+        tensor = arguments[name]
+        if tensor is not None:
+            grad = found[name]
+            kept[name] = grad if grad.dtype is tensor.dtype else grad.to(tensor.dtype)
+    return kept
 
 
 def _checked(op: Op, kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:

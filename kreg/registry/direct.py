@@ -41,8 +41,10 @@ class _Bound:
 
     def arguments(self, tensors: Sequence[torch.Tensor], others: Sequence[Any]) -> dict[str, Any]:
         """All arguments of a call, by name."""
-        found = {**self.fixed, **dict(zip(self.tensors, tensors, strict=True))}
-        return {**found, **dict(zip(self.others, others, strict=True))} if others else found
+        found = {**self.fixed}
+        found.update(zip(self.tensors, tensors, strict=True))
+        found.update(zip(self.others, others, strict=True))
+        return found
 
     def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
         """Names of the tensors whose gradients are needed."""

@@ -176,7 +176,8 @@ def disagreement(new: Answer, own: Answer, truth: Answer, program: Program, call
     """The first thing that differs, or "".
 
     Where the module's own results hold NaN, so do its gradients, in as many places as the loss was spread to: they
-    are compared where they are finite.
+    are compared where they are finite. So they are where NaN was taken out of the results, and is in the gradients
+    alone; but then there has to be NaN in the new ones too.
     """
     dtype = getattr(torch, program.dtype)
     floor = FLOORS[dtype] * torch.finfo(dtype).eps * call.magnitude**2
@@ -191,6 +192,10 @@ def disagreement(new: Answer, own: Answer, truth: Answer, program: Program, call
         return ""
     if bool(own.gradients) != bool(new.gradients):
         return f"{call.name}: gradients flow in one of the two only"
+    broken = [any(g is not None and bool(torch.isnan(g).any()) for g in a.gradients or ()) for a in (new, own)]
+    if not poisoned and broken[0] != broken[1]:
+        return f"{call.name}: there is NaN in the gradients of one of the two only"
+    poisoned = poisoned or broken[1]
     for i, three in enumerate(zip(new.gradients, own.gradients, truth.gradients, strict=True)):
         found = difference(f"gradient {i}", *three, max(floor, step_of(program)), only_finite=poisoned)
         if found:

@@ -28,7 +28,7 @@ TENSORS = {
 
 EMPTY = {
     "zero": "weights 0: what a boolean mask of scaled_dot_product_attention gives",
-    "nan": "NaN: what a softmax over nothing but -inf gives",
+    "nan": "NaN, and in the gradient of v: what a softmax over nothing but -inf gives; q and k are given none",
     "uniform": "constant weights 1 / keys over all keys: what filling with a large finite number gives",
     "shifted": "weights 1 / keys over all keys, their gradient that of a softmax: what adding such a number gives",
 }
