@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from kreg.rewriters.graph import aten, users
-from kreg.rewriters.lift_ops import CONTRACTIONS, LAYOUT, POINTWISE, softmax_of
+from kreg.rewriters.lift_ops import CONTRACTIONS, LAYERS, LAYOUT, POINTWISE, softmax_of
 
 SDPA = aten.scaled_dot_product_attention.default
 DROPOUTS = frozenset({aten.dropout.default, aten.native_dropout.default})
@@ -25,8 +25,8 @@ UNCHANGED = frozenset({*LAYOUT, *DROPOUTS})
 BETWEEN = frozenset({*CONTRACTIONS, aten.baddbmm.default})
 """Products of queries with keys."""
 
-LEARNT = frozenset({aten.linear.default, aten.addmm.default})
-"""Products with a parameter. The logits of a dynamic convolution are such; it is no attention, and is told why."""
+LEARNT = frozenset(LAYERS)
+"""Products with a parameter: of learnt queries. A dynamic convolution has such logits; it is no attention, and told."""
 
 DEPTH = 12
 """Steps between the softmax and either product, at most."""
@@ -39,9 +39,14 @@ def is_attention(node: Node) -> bool:
     found = softmax_of(node)
     if found is None:
         return False
-    if _from(BETWEEN, found[0], DEPTH):
+    if has_keys(node):
         return _to_product(node, PASSING, DEPTH)
     return _to_product(node, UNCHANGED, DEPTH) and _from(LEARNT, found[0], DEPTH)
+
+
+def has_keys(softmax: Node) -> bool:
+    """Whether the logits come from a product other than a layer's with its weight."""
+    return _from(BETWEEN, logits_of(softmax)[0], DEPTH)
 
 
 def is_sdpa(node: Node) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import pairwise, product
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -26,7 +28,14 @@ Group = tuple[Var, ...]
 
 
 def arrange(
-    node: Node, index: Index, want: Sequence[Group], what: str, *, full: bool = False, like: Sequence[Extent] = ()
+    node: Node,
+    index: Index,
+    want: Sequence[Group],
+    what: str,
+    *,
+    full: bool = False,
+    like: Sequence[Extent] = (),
+    digits: bool = True,
 ) -> Operand:
     """Views that bring ``node``, indexed by ``index``, into one dimension for each group of ``want``.
 
@@ -36,12 +45,16 @@ def arrange(
     Args:
         full: expand to every variable that the node has not.
         like: where a symbolic size can be read, should it have to be expanded to.
+        digits: whether a variable may be taken for its digits where the node's dimensions have these, as rows and
+            columns of an image.
 
     Raises:
         Refused: a dimension of the node that has no place, with ``what`` it is.
     """
     calls: list[Call] = []
     have: list[Group] = []
+    if digits:
+        index, want = _by_digits(index, want)
     for d, (extent, i) in enumerate(zip(shape_of(node), index, strict=True)):
         group = n.digits(i, extent)
         if group is None and (part := _part(i, extent, like)) is not None:
@@ -56,6 +69,29 @@ def arrange(
         if any(v not in wanted for v in group):
             raise Refused(f"dimension {d} of the {what} does not line up with the other operands", node)
     return Operand(node, (*calls, *_moves(have, want, full, like)))
+
+
+def _by_digits(index: Index, want: Sequence[Group]) -> tuple[Index, Sequence[Group]]:
+    """An index and the dimensions wanted, with each variable that the index cuts as the digits that it is cut into."""
+    radices: dict[Var, set[int]] = {}
+    for variable, radix in (cut for i in index for cut in n.cuts(i)):
+        radices.setdefault(variable, {1}).add(radix)
+    digits = {v: found for v, cuts in radices.items() if (found := _digits(v, sorted(cuts)))}
+    if not digits:
+        return index, want
+    numbers: dict[Var, Expr] = {v: n.number(group) for v, group in digits.items()}
+    groups = [tuple(digit for v in group for digit in digits.get(v, (v,))) for group in want]
+    return tuple(n.substitute(i, numbers) for i in index), groups
+
+
+def _digits(variable: Var, radices: Sequence[int]) -> Group:
+    """The digits of a variable between places of some values, the highest first; none where it has no such digits."""
+    bounds: list[Sized] = [*radices, variable.size]
+    sizes = [sympy.sympify(high) / low for low, high in pairwise(bounds)]
+    if not all(size.is_integer for size in sizes):
+        return ()
+    known = [int(size) if size.is_Integer else size for size in sizes]
+    return tuple(Var(f"{variable.name}/{low}", size) for low, size in reversed([*zip(radices, known, strict=True)]))
 
 
 def laid_out(
@@ -114,9 +150,9 @@ def bind(
     """
     refusal = Refused(f"the {what} has no tensor of its own")
     found = sorted(lifter.origins.get(expression, ()), key=lambda origin: origin[0] not in region)
-    for node, index in found:
+    for digits, (node, index) in product((False, True), found):
         try:
-            held = arrange(node, index, want, what, full=full, like=like)
+            held = arrange(node, index, want, what, full=full, like=like, digits=digits)
             same = tuple(o for o, at in found if at == index and o is not node and shape_of(o) == shape_of(node))
             return replace(held, same=same)
         except Refused as refused:

@@ -35,7 +35,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kreg.rewriters.graph import PARAMETER, STORED, aten
+from kreg.rewriters.graph import PARAMETER, STORED, WRITTEN, aten
 from kreg.rewriters.vmapped import without_vmap
 
 for _bracket in (predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting):
@@ -76,8 +76,19 @@ def functionalize(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModu
     _name_classes(functional)
     for node, value in zip(functional.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta[PARAMETER] = isinstance(value, torch.nn.Parameter)
+    _mark_written(functional, signature)
     trace_gradients(functional, inputs)
     return functional, signature
+
+
+def _mark_written(module: GraphModule, signature: Signature) -> None:
+    """Says of the inputs that are written into, and of every view of them."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    memories = {_memory(inputs[position].meta["val"]) for position in signature.written}
+    for node in module.graph.nodes if memories else ():
+        values = pytree.tree_leaves(node.meta.get("val"))
+        if any(isinstance(value, torch.Tensor) and _memory(value) in memories for value in values):
+            node.meta[WRITTEN] = True
 
 
 def _fake_mode(module: GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
@@ -152,7 +163,16 @@ def _run(module: GraphModule, mode: FakeTensorMode, arguments: Sequence[Any]) ->
     """The module's outputs, each node traced with the stack and the module that it came from."""
     with preserve_node_meta():
         mode.epoch += 1
-        return list(pytree.tree_leaves(PropagateUnbackedSymInts(module).run(*arguments)))
+        return list(pytree.tree_leaves(_Interpreter(module).run(*arguments)))
+
+
+class _Interpreter(PropagateUnbackedSymInts):
+    """Runs the graphs between two switches node by node, too: what is traced of them keeps its modules and lines."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, HigherOrderOperator) and target.name() in _INLINED:
+            args = tuple(_Interpreter(part).run if isinstance(part, GraphModule) else part for part in args)
+        return super().call_function(target, args, kwargs)
 
 
 # ---- without functional tensors

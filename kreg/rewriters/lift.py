@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,13 +26,20 @@ class Lifter:
         opaque: nodes that are not looked into, whatever computes them (outputs of sites already found).
         cuts: index variables that operands were met to take apart, and where (`notation.cuts`).
         origins: for each expression met, the nodes and indices that it is an element of, innermost first.
+        layers: whether it looks into linear layers, whose results are tensors of their own to all but few questions.
     """
 
-    def __init__(self, opaque: Collection[Node] = ()) -> None:
+    def __init__(self, opaque: Collection[Node] = (), layers: bool = False) -> None:
         self.opaque = frozenset(opaque)
+        self.layers = layers
         self.origins: dict[Expr, list[tuple[Node, Index]]] = {}
         self.cuts: set[tuple[n.Var, int]] = set()
         self._memo: dict[tuple[Node, Index], Expr] = {}
+
+    @cached_property
+    def into_layers(self) -> Lifter:
+        """One of the same graph that looks into linear layers, too."""
+        return Lifter(self.opaque, layers=True)
 
     def element(self, node: Node, index: Index) -> Expr:
         """The element of ``node`` at ``index``, looked into as far as index notation goes."""
@@ -67,7 +75,7 @@ class Lifter:
                 break
             index = _normal(node, index)
             self.cuts.update(cut for i in index for cut in n.cuts(i))
-            if _is_regular(node, index):
+            if is_regular(node, index):
                 best = (node, index, factor)
         found = load(best[0], best[1])
         self.origins.setdefault(found, []).append((best[0], best[1]))
@@ -82,7 +90,7 @@ class Lifter:
         return n.Const(arg)
 
     def _lift(self, node: Node, index: Index) -> Expr:
-        from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
+        from kreg.rewriters.lift_ops import LAYERS, LAYOUT, POINTWISE
 
         if node.meta.get(FIXED) and (found := stored(node.meta[STORED], index)) is not None:
             return found
@@ -93,7 +101,7 @@ class Lifter:
         if node.target in LAYOUT:
             step = LAYOUT[node.target](node, index)
             return load(node, index) if step is None else self.element(*step)
-        rule = POINTWISE.get(node.target)
+        rule = POINTWISE.get(node.target) or (LAYERS.get(node.target) if self.layers else None)
         found = rule(self, node, index) if rule is not None else None
         if found is None or _too_large(found):
             return load(node, index)
@@ -127,7 +135,7 @@ def _normal(node: Node, index: Index) -> Index:
     return tuple(n.ZERO if s == 1 else i for s, i in zip(shape_of(node), index, strict=True))
 
 
-def _is_regular(node: Node, index: Index) -> bool:
+def is_regular(node: Node, index: Index) -> bool:
     """Whether every dimension is indexed by variables of its own, through its whole extent."""
     found = [n.digits(i, extent) for i, extent in zip(index, shape_of(node), strict=True)]
     every = [v for group in found for v in group or ()]

@@ -750,6 +750,39 @@ def _baddbmm(lifter: Lifter, node: Node, index: Index) -> Expr:
     return n.add(product, n.mul(n.Const(beta), lifter.value(bias, index)))
 
 
+def _linear(lifter: Lifter, node: Node, index: Index) -> Expr:
+    x, weight = _args(node)[:2]
+    k = n.fresh("k", shape_of(weight)[-1])
+    product = n.mul(lifter.operand(x, (*index[:-1], k)), lifter.operand(weight, (index[-1], k)))
+    return _shifted(lifter, n.total(k, product), argument(node, 2, "bias"), index[-1:])
+
+
+def _addmm(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    bias, a, b = _args(node)[:3]
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return None
+    k = n.fresh("k", shape_of(a)[-1])
+    product = n.mul(lifter.operand(a, (index[0], k)), lifter.operand(b, (k, index[1])))
+    return n.add(n.total(k, product), lifter.value(bias, index))
+
+
+def _pointwise_convolution(lifter: Lifter, node: Node, index: Index) -> Expr | None:
+    """A convolution of single places is a product with its weight at each of them."""
+    x, weight = _args(node)[:2]
+    stride, padding = argument(node, 3, "stride", [1]), argument(node, 4, "padding", [0])
+    alone = all(extent == 1 for extent in shape_of(weight)[2:]) and len(index) == len(shape_of(weight))
+    if not alone or {*stride} != {1} or {*padding} != {0} or argument(node, 6, "groups", 1) != 1:
+        return None
+    c = n.fresh("c", shape_of(weight)[1])
+    left = lifter.operand(x, (index[0], c, *index[2:]))
+    right = lifter.operand(weight, (index[1], c, *(n.ZERO for _ in index[2:])))
+    return _shifted(lifter, n.total(c, n.mul(left, right)), argument(node, 2, "bias"), index[1:2])
+
+
+def _shifted(lifter: Lifter, product: Expr, bias: Node | None, index: Index) -> Expr:
+    return product if bias is None else n.add(product, lifter.element(bias, index))
+
+
 def _einsum(lifter: Lifter, node: Node, index: Index) -> Expr | None:
     equation, tensors = _args(node)[:2]
     assert isinstance(equation, str)
@@ -935,6 +968,13 @@ _TABLES: tuple[tuple[Pointwise, tuple[Any, ...]], ...] = (
 )
 
 POINTWISE: dict[Any, Pointwise] = {target: rule for rule, targets in _TABLES for target in targets}
+
+LAYERS: dict[Any, Pointwise] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _pointwise_convolution),
+}
+"""Products with a weight. They are looked into where nothing else can be the product that is asked for."""
 
 CONTRACTIONS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default})
 

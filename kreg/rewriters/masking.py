@@ -126,8 +126,8 @@ def _empty(
         return None
     if found.sinks is not None or leaves_keys:
         soft = [t for t in terms if t.value != INFINITE]
-        # beside a bias that may itself mask, a finite mask does not say which keys are left
-        if soft and not moderate and found.sinks is None:
+        # beside a bias that may itself mask, a finite mask does not say which keys are left, nor how far below a sink
+        if soft and not moderate and (found.sinks is None or any(not t.value <= ABSORBING for t in soft)):
             return None
         undefined = biases and found.sinks is None and found.zeroed in ("never", "undefined")
         return "nan" if undefined else "zero"  # a bias may be -inf for every key
@@ -320,8 +320,17 @@ def claims(
     """
     if is_sdpa(found.anchor) and argument(found.anchor, 5, "is_causal", False):
         return (Claim(None, of="causal"),)
-    masked = tuple(_claim(found, term, like) for term in terms)
-    return (*masked, _added(found, like)) if biases else masked
+    masked = [replace(_claim(found, term, like), leaves=_leaves(term.expression)) for term in terms]
+    if biases:
+        read = [*(term.expression for term in terms), *(bias.expression for bias in biases)]
+        masked.append(replace(_added(found, like), leaves=_leaves(*read)))
+    return tuple(masked)
+
+
+def _leaves(*read: Expr) -> tuple[Node, ...]:
+    """The nodes that expressions look no further into."""
+    loads = (part.node for e in read for part in e.walk() if isinstance(part, n.Load))
+    return tuple(dict.fromkeys(node for node in loads if node.op == "call_function"))
 
 
 def _added(found: Attention, like: Sequence[Extent]) -> Claim:

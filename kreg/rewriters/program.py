@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from kreg.errors import ArtifactError
 from kreg.rewriters.facts import op_nodes, site_id
 from kreg.rewriters.functional import drop_idle_switches, functionalize, trace_gradients
-from kreg.rewriters.graph import FIXED, NOTE, PARAMETER, STORED, WRITTEN
+from kreg.rewriters.graph import FIXED, NOTE, PARAMETER, STORED
 from kreg.rewriters.report import Report
 from kreg.version import __version__
 
@@ -72,9 +72,7 @@ def functional(program: ExportedProgram) -> Functional:
     specs = program.graph_signature.input_specs
     for position, spec in enumerate(specs):
         inputs[position].meta[PARAMETER] = spec.kind is InputKind.PARAMETER
-        if position in signature.written:
-            inputs[position].meta[WRITTEN] = True
-        elif spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
+        if position not in signature.written and spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
             inputs[position].meta |= _stored(program, spec)
     with torch.enable_grad():
         trace_gradients(module, values)  # again, now that stored tensors are known

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.lift import Lifter
+from kreg.rewriters.lift import Lifter, is_regular
 from kreg.rewriters.masks import NEGLIGIBLE, keep_of
 from kreg.rewriters.notation import Expr, Var
 from kreg.rewriters.site import Refused
@@ -120,6 +120,7 @@ class _Terms:
     at: Node
     whole: bool = False  # leave what is added as it is
     some: bool = False  # these are but some of the keys: what they share is no shift of all
+    values: frozenset[Var] = frozenset()  # what the values are indexed by
     masks: list[MaskTerm] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     shift: list[Expr] = field(default_factory=list)
@@ -244,6 +245,7 @@ def take_apart(
     added_to: Scores | None = None,
     whole: bool = False,
     some: bool = False,
+    values: frozenset[Var] = frozenset(),
 ) -> Scores:
     """Takes the logit of key ``at`` apart.
 
@@ -256,15 +258,16 @@ def take_apart(
         added_to: the scores that the logits are added to, where the product is no part of them.
         whole: read nothing into what is added, so that every term but fills is a bias.
         some: there are other keys beside these.
+        values: what the values are indexed by, which tells the keys from other factors of the queries.
 
     Raises:
         Refused: the logits are not of the form above.
     """
-    terms = _Terms(lifter, at, result, node, whole, some)
+    terms = _Terms(lifter, at, result, node, whole, some, values)
     terms.collect(logits, 1.0, 0)
     conditions = terms.settle()
     if added_to is not None:
-        terms.biases.extend(terms.cores)
+        terms.biases.extend(_joined(terms.cores))
         return replace(
             added_to,
             masks=tuple(terms.masks),
@@ -275,25 +278,43 @@ def take_apart(
     kept = {c for term in terms.masks for c in n.conjuncts(term.keep)}
     if not all(c in kept for g in conditions for c in n.conjuncts(g)):
         raise Refused("scores are multiplied by a condition that no mask repeats", node)
-    refusal = Refused("the logits are not one product of queries and keys", node)
+    core, found = _the_product(terms)
+    masks = (*terms.masks, *found.masks)
+    if any(not term.value > INFINITE for term in masks) and not all(map(_is_top, terms.shift)):
+        raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
+    others = _joined([other for other in terms.cores if other is not core])
+    return replace(
+        found,
+        masks=masks,
+        biases=(*terms.biases, *found.biases, *others),
+        shift=tuple(terms.shift),
+        floored=terms.floored or found.floored or bool(conditions) or (terms.floor and _may_mask(found)),
+    )
+
+
+def _the_product(terms: _Terms) -> tuple[Bias, Scores]:
+    """The term that is the product of queries and keys; others, as with keys by their distance, are biases.
+
+    Raises:
+        Refused: there is none.
+    """
+    refusal = Refused("the logits are not one product of queries and keys", terms.at)
+    found: list[tuple[Bias, Scores]] = []
     for core in terms.cores:
         try:
-            found = _of_core(core, terms)
+            found.append((core, _of_core(core, terms)))
         except Refused as refused:
             refusal = refused
-            continue
-        masks = (*terms.masks, *found.masks)
-        if any(not term.value > INFINITE for term in masks) and not all(map(_is_top, terms.shift)):
-            raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
-        others = _joined([other for other in terms.cores if other is not core])
-        return replace(
-            found,
-            masks=masks,
-            biases=(*terms.biases, *found.biases, *others),
-            shift=tuple(terms.shift),
-            floored=terms.floored or found.floored or bool(conditions) or (terms.floor and _may_mask(found)),
-        )
-    raise refusal
+    if not found:
+        raise refusal
+    return min(found, key=lambda one: _strangeness(one[1].product, terms))
+
+
+def _strangeness(product: Product, terms: _Terms) -> tuple[int, bool]:
+    """How many variables the keys have that the values have not, and whether an index is a difference, or a part."""
+    own = product.keys.variables - {*product.channels, *terms.key.variables} - terms.values
+    loads = [part for e in (product.q, product.keys) for part in e.walk() if isinstance(part, n.Load)]
+    return len(own), not all(is_regular(load.node, load.index) for load in loads)
 
 
 def _of_core(core: Bias, terms: _Terms) -> Scores:
@@ -306,7 +327,16 @@ def _of_core(core: Bias, terms: _Terms) -> Scores:
     def own(stretch: Stretch) -> Scores:
         assert isinstance(terms.key, Var)
         e = n.mul(n.Const(core.factor), lifted_on(terms.lifter, core.expression, terms.key, stretch))
-        return take_apart(terms.lifter, e, stretch.variable, terms.result, terms.at, whole=terms.whole, some=True)
+        return take_apart(
+            terms.lifter,
+            e,
+            stretch.variable,
+            terms.result,
+            terms.at,
+            whole=terms.whole,
+            some=True,
+            values=terms.values,
+        )
 
     return _in_a_row([(stretch, own(stretch)) for stretch in stretches], terms.key, core.depth, terms.at)
 
@@ -453,6 +483,8 @@ def _core(e: Expr, factor: float, key: Expr, node: Node) -> tuple[Product, float
     match e:
         case n.Apply("tanh", (argument,)):
             inner, product = n.scaled(argument)
+            if isinstance(product, n.Apply) and product.function == "add" and has_product(product):
+                raise Refused("a term is added to the scores before they are capped, not after", node)
             found = product_of(product, key, node)
             return found, inner * factor * found.factor, factor
     found = product_of(e, key, node)

@@ -114,11 +114,13 @@ class Claim:
         levels: the values of an additive one that were read in the graph; none for a boolean one.
         of: "keys" is such a mask; "scores" all that the model adds to the product of queries and keys, masks or not;
             "causal" the mask that PyTorch's fused operator makes by itself, of which there is no tensor.
+        leaves: the tensors that what was read is made of: it was read for any values of theirs.
     """
 
     operand: Operand | None
     levels: tuple[float, ...] = ()
     of: Literal["keys", "scores", "causal"] = "keys"
+    leaves: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

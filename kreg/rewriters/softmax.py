@@ -6,6 +6,7 @@ in index notation, takes the scores apart (`scores.py`), and gives each index va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,9 +16,9 @@ import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
-from kreg.rewriters.anchors import DROPOUTS, PASSING, is_sdpa, is_stable, logits_of
+from kreg.rewriters.anchors import DROPOUTS, PASSING, has_keys, is_sdpa, is_stable, logits_of
 from kreg.rewriters.arrange import Group
-from kreg.rewriters.graph import aten, dtype_of, shape_of, upstream, users
+from kreg.rewriters.graph import aten, dtype_of, is_learnt, shape_of, upstream, users
 from kreg.rewriters.lift import Index, Lifter
 from kreg.rewriters.lift_ops import CONTRACTIONS
 from kreg.rewriters.notation import Expr, Var
@@ -118,6 +119,7 @@ def read(lifter: Lifter, anchor: Node) -> Attention:
         Refused: an obligation that does not hold, with its node.
     """
     output, at = (anchor, _at_sdpa) if is_sdpa(anchor) else (_consumer(anchor), _at_softmax)
+    lifter = lifter if is_sdpa(anchor) or has_keys(anchor) else lifter.into_layers
     groups: list[Group] = [(Var(f"x{d}", extent),) if extent != 1 else () for d, extent in enumerate(shape_of(output))]
     for _ in range(MOST_CUTS):
         index = tuple(n.number(group) for group in groups)
@@ -216,21 +218,42 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
 
     def scores_at(at: Expr, whole: bool = False) -> Scores:
         place = tuple(n.substitute(i, {key: at}) for i in at_key)
-        return take_apart(lifter, lifter.element(source, place), at, dtype_of(output), softmax, whole=whole)
+        logit = lifter.element(source, place)
+        return take_apart(lifter, logit, at, dtype_of(output), softmax, whole=whole, values=values.variables)
 
     def whole() -> Scores:
         return scores_at(key, whole=True)
 
+    if lifter.layers and _has_learnt_keys(lifter.element(source, at_key), key):
+        raise Refused("the logits are not one product of queries and keys: the keys are a parameter", softmax)
     scores = scores_at(key)
     if condition is not None and condition != scores.keep:
         raise Refused("weights are masked after the softmax by another condition than before it", output)
     sinks = _sink(lifter, softmax, at_key, key, scores)
     roles = assign(index, at_key, key, scores, values, sinks, output)
+    if lifter.layers and _are_features(roles, scores):
+        raise Refused("the softmax is of a layer's results that are features of the keys, and no scores", softmax)
     zeroed: Zeroed = "always" if condition is not None else "never" if is_stable(softmax) else "undefined"
     factor *= products[0].factor
     return Attention(
         lifter, softmax, output, index, at_key, values, scores, scores_at, whole, sinks, factor, zeroed, roles
     )
+
+
+def _has_learnt_keys(logit: Expr, key: Var) -> bool:
+    sums = (part for part in logit.walk() if isinstance(part, n.Reduce))
+    loads = (part for e in sums for part in e.walk() if isinstance(part, n.Load))
+    return any(key in load.variables and is_learnt(load.node) for load in loads)
+
+
+def _are_features(roles: Roles, scores: Scores) -> bool:
+    """Whether a layer gives out features, as in linear attention: split into heads, or no fewer than it was given.
+
+    To read its weight as queries would not be wrong; but there the layer is no part of an attention, and stays one.
+    """
+    split = not {*roles.batch, *roles.heads} <= scores.product.keys.variables
+    given = [channel.size for channel in scores.product.channels]
+    return split or not all(isinstance(s, int) for s in (*given, roles.queries)) or roles.queries >= math.prod(given)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from kreg.rewriters.pipeline import Clock, rewrite_graph
 from kreg.rewriters.report import Report
 from tests.fuzz import attention, indexer
 from tests.fuzz.forms import Attention, Program
-from tests.fuzz.twists import step_of
+from tests.fuzz.twists import growth_of, step_of
 
 MULTIPLE = 8.0
 """How often the error of the module a rewritten one may make: both are sums in an order of their own."""
@@ -36,7 +36,7 @@ FLOORS = {torch.float64: 256, torch.float32: 128, torch.bfloat16: 4}
 
 LARGE = 8.0
 """Factor on inputs of the call with large numbers. An error in a logit is a relative error of a weight, and logits
-grow by its square: so does the floor."""
+grow by its square, or faster where a twist multiplies by the inputs again: so does the floor."""
 
 REFUSALS = (RuntimeError, IndexError, ValueError, AssertionError)
 """What a module raises on inputs that it does not take, and a captured program where a guard fails."""
@@ -180,7 +180,7 @@ def disagreement(new: Answer, own: Answer, truth: Answer, program: Program, call
     alone; but then there has to be NaN in the new ones too.
     """
     dtype = getattr(torch, program.dtype)
-    floor = FLOORS[dtype] * torch.finfo(dtype).eps * call.magnitude**2
+    floor = FLOORS[dtype] * torch.finfo(dtype).eps * call.magnitude ** (2 + growth_of(program))
     poisoned = any(bool(torch.isnan(r).any()) for r in own.results if r.is_floating_point())
     if len(new.results) != len(own.results):
         return f"{len(new.results)} results instead of {len(own.results)}"

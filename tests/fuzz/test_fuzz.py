@@ -93,6 +93,24 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("logits: nothing",),
     ),
+    Attention(
+        layout="sd",
+        projection="fused",
+        batch=1,
+        groups=1,
+        masks=(Mask(kind="window", value=-1e4, width=1, offset=1), Mask(offset=1)),
+        joined=True,
+        sink="behind",
+        merged=False,
+        twists=("logits: batch centred",),
+    ),
+    Attention(layout="bmm", merged=False, twists=("q: mutated",)),
+    Attention(
+        projection="fused",
+        masks=(Mask(kind="documents"), Mask(kind="padding", fill="added")),
+        merged=False,
+        twists=("q: leaked", "out: without nan"),
+    ),
 )
 """What long runs came upon."""
 

@@ -619,6 +619,17 @@ STEPS = {
 """What rounds may come out one step apart, if what it rounds is off by any error at all; gradients pass it too."""
 
 
+GROWTH = {"squared", "scaled by data", "scaled by its row", "scaled by an item", "scaled by the queries"}
+"""Changes that multiply by numbers as large as the inputs: what is "large" is so once more."""
+
+
+def growth_of(program: Program) -> int:
+    """How many factors as large as the inputs the twists put before the softmax."""
+    before = [tuple(name.split(": ")) for name in program.twists]
+    once = sum(twist[0] in ("q", "k", "scores", "logits") and twist[-1] in GROWTH for twist in before)
+    return once + sum(twist in {("scores", "squared"), ("logits", "squared")} for twist in before)
+
+
 def step_of(program: Program, stages: tuple[str, ...] = ()) -> float:
     """The largest step of a program's twists, of those at some stages if any are given; 0 for none."""
     at = (name.split(": ") for name in program.twists)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import kreg
 from kreg.rewriters import functional
 from kreg.rewriters.functional import ONE_NAME, Signature, functionalize, normalize, without_idle_dropout
-from kreg.rewriters.graph import aten
+from kreg.rewriters.graph import aten, module_path
 
 Function = Callable[..., Any]
 
@@ -380,3 +380,27 @@ def test_modules_and_lines_of_the_code_are_kept_with_the_nodes() -> None:
     assert "x.softmax(-1)" in softmax.meta["stack_trace"]
     ((path, of),) = [entry for entry in softmax.meta["nn_module_stack"].values() if "inner" in entry[0]]
     assert path.endswith("inner") and of.endswith("Inner")
+
+
+def test_modules_and_lines_of_code_between_switches_are_kept_too() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.softmax(-1)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Inner(), Inner()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                y = self.first(x) * 2
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.second(y) * x
+
+    program = torch.export.export(Outer(), (tensor(4, 3),), strict=False)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    made, _ = functionalize(program.graph_module, values)
+    found = [node for node in made.graph.nodes if node.target is aten.softmax.int]
+    assert [module_path(node) for node in found] == ["first", "second"]
+    assert all("x.softmax(-1)" in node.meta["stack_trace"] for node in found)

@@ -46,6 +46,12 @@ def _irregular(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
     return steps.cumsum(-1).to(dtype)
 
 
+def signed(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of either sign; ones and zeros where they are no floats."""
+    drawn = torch.randn(shape, generator=generator)
+    return drawn.to(dtype) if dtype.is_floating_point else runs(shape, dtype, generator)
+
+
 def _one(dtype: torch.dtype) -> torch.Tensor:
     return torch.ones((), dtype=dtype)
 
@@ -59,3 +65,6 @@ def _unless_boolean(kind: Kind) -> Kind:
 
 KINDS: tuple[Kind, ...] = (runs, *map(_unless_boolean, (positions, _documents, _irregular)))
 """What an input of a mask may look like; each input is drawn as each of them in turn."""
+
+COMPUTED: tuple[Kind, ...] = (signed, *KINDS[1:])
+"""What a tensor may look like that a model computes and masks by: a score that is compared, or such an input."""

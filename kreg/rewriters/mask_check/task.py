@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from kreg.rewriters.graph import STORED, is_tensor, shape_of, sized
 from kreg.rewriters.mask_check.claims import CLOSE, conjunction, fused_causal, is_sound, kept, weights
-from kreg.rewriters.mask_check.inputs import KINDS, runs
+from kreg.rewriters.mask_check.inputs import COMPUTED, KINDS, runs
 from kreg.rewriters.mask_check.keeps import CPU, TOLD, Keeping
 from kreg.rewriters.mask_check.nodes import attribute, blank, form, hollow, in_order, is_drawn, sources, values_of
 from kreg.rewriters.mask_check.outcome import Checked, Difference, Misfit, NotRun
@@ -62,18 +62,19 @@ class Task:
         compared = [*(claim.operand for claim in self.claims), *self.inputs.values()]
         operands = [operand for operand in compared if operand is not None]
         self.read = dict.fromkeys(node for operand in operands for node in values_of(operand))
+        self.leaves: set[Node] = set()
         try:
             self.order = in_order(list(self.read), {**self.drawn, **self.still})
-        except NotRun:  # what the op takes as tensors may as well be drawn: the rest of the mask is beside it
-            self.drawn = {node: name for name, operand in self.inputs.items() for node in values_of(operand)}
-            self.order = in_order(list(self.read), {**self.drawn, **self.still})
+        except NotRun:  # the reading holds for any values of what it does not look into, so these may be drawn
+            self.leaves = {leaf for claim in self.claims for leaf in claim.leaves} - {*self.drawn, *self.still}
+            self.order = in_order(list(self.read), {*self.drawn, *self.still, *self.leaves})
         self.draws = any(node in self.drawn or self._is_input(node) for node in self.order)
         self.sized = list(dict.fromkeys(node for o in (*operands, *self.others.values()) for node in o.nodes))
         self.shapes = {shape_of(node): node.meta["val"].shape for node in self.order if is_tensor(node)}.values()
         self.key = self._key(operands)
 
     def _is_input(self, node: Node) -> bool:
-        return node not in self.still and is_drawn(self.module, node)
+        return node in self.leaves or (node not in self.still and is_drawn(self.module, node))
 
     def _key(self, operands: Sequence[Operand]) -> Any:
         """What the result depends on: the code that computes the masks, whichever layer it stands in."""
@@ -98,6 +99,8 @@ class Task:
                 code.append((str(self.still[node]), form(node)))
             elif not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
                 code.append(("size", form(node)))
+            elif node in self.leaves:
+                code.append(("drawn", form(node)))
             elif node.op == "call_function":
                 code.append((str(node.target), named((node.args, node.kwargs))))
             else:
@@ -244,22 +247,21 @@ class Task:
         ``arguments`` are those of the op that are known before anything is drawn, tensors by their shapes alone.
         """
         generator = torch.Generator().manual_seed(kind)
-        given = {*self.drawn, *self.still}
+        given = {*self.drawn, *self.still, *self.leaves}
         waiting = Counter(source for node in self.order if node not in given for source in sources(node))
         values: dict[Node, Any] = {}
         drawn = 0
         for node in self.order:
-            if node in self.still:
+            if node in given or self._is_input(node):
                 shape, dtype = numbers(node.meta["val"].shape, sizes), node.meta["val"].dtype
+            if node in self.still:
                 values[node] = torch.full(shape, self.still[node], dtype=dtype)
             elif node in self.drawn:
-                name = self.drawn[node]
-                shape, dtype = numbers(node.meta["val"].shape, sizes), node.meta["val"].dtype
-                fill = self.site.op.fill.get(name)
+                fill = self.site.op.fill.get(self.drawn[node])
                 values[node] = fill(shape, dtype, generator, arguments) if fill else runs(shape, dtype, generator)
             elif self._is_input(node):
-                shape, dtype = numbers(node.meta["val"].shape, sizes), node.meta["val"].dtype
-                values[node] = KINDS[(kind + drawn) % len(KINDS)](shape, dtype, generator)
+                kinds = COMPUTED if node in self.leaves else KINDS
+                values[node] = kinds[(kind + drawn) % len(kinds)](shape, dtype, generator)
                 drawn += 1
             else:
                 values[node] = self._value(node, values, sizes)
