@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kreg.registry.op import normal
 from kreg.rewriters import mask_check
-from kreg.rewriters.graph import STORED, upstream
+from kreg.rewriters.graph import STORED
 from kreg.rewriters.mask_check.inputs import positions
+from kreg.rewriters.mask_check.nodes import hollow, sources
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
 from kreg.rewriters.site import Site
+from kreg.rewriters.sizes import Sizes
 
 log = logging.getLogger("kreg")
 
@@ -28,9 +29,6 @@ CPU = torch.device("cpu")
 
 LARGEST = 2**31
 """Bytes of the largest float64 tensor that the original code may need for a site to be verified."""
-
-SMALL = 320
-"""Symbolic sizes are verified at their example value, or at this where that is larger and the graph allows it."""
 
 Values = dict[Node, Any]
 
@@ -51,8 +49,8 @@ def verify(module: GraphModule, site: Site, kernel: str, trains: bool, seed: int
     if (masked := mask_check.check(module, site)).passed is False:
         return Outcome(Verification(passed=False, max_error=math.inf), masked.reason)
     try:
-        sizes = Sizes(module.graph, site)
-        inner = list(upstream([*(o.node for o in site.outputs), *_following(site)], _stops(site)))
+        sizes = Sizes(module.graph, _sized(site))
+        inner = _computed([*(o.node for o in site.outputs), *_following(site)], _stops(site))
         largest = max((sizes.count(node) for node in inner), default=0) * 8
         if largest > LARGEST:
             return Outcome(None, f"not verified: the original code needs a tensor of {largest / 2**30:.1f} GiB")
@@ -77,6 +75,28 @@ def _stops(site: Site) -> set[Node]:
     return {node for part in parts for node in (part.node, *part.same)}
 
 
+def _computed(outputs: list[Node], stops: set[Node]) -> list[Node]:
+    """The nodes whose values outputs are computed of, up to ``stops``.
+
+    What gives another node its shape or dtype alone is none of them: behind ``type_as`` may lie all layers before.
+    """
+    found: dict[Node, None] = {}
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in stops:
+            found[node] = None
+            pending.extend(sources(node))
+    return list(found)
+
+
+def _sized(site: Site) -> set[Node]:
+    """The nodes whose sizes verification needs."""
+    stops = _stops(site)
+    numbers = {value for value in site.attributes.values() if isinstance(value, Node)}
+    return {*_computed([output.node for output in site.outputs], stops), *stops, *numbers}
+
+
 def _following(site: Site) -> list[Node]:
     """Operands that are made of what the captured code reads: drawn by themselves, they would contradict it."""
     return [part.node for operand in site.operands.values() for part in operand.parts if part.follows]
@@ -88,7 +108,7 @@ def _followed(site: Site, sizes: Sizes, generator: torch.Generator) -> Values:
     if not following:
         return {}
     values: Values = {}
-    region = list(upstream(following, _stops(site)))
+    region = _computed(following, _stops(site))
     for node in region:
         if _is_input(node):
             stored, dtype = node.meta.get(STORED), node.meta["val"].dtype
@@ -98,65 +118,6 @@ def _followed(site: Site, sizes: Sizes, generator: torch.Generator) -> Values:
             )
     results = _old(site, following, region, sizes)(values)
     return values | dict(zip(following, results, strict=True))
-
-
-def _example(environment: Any, symbol: sympy.Symbol) -> int:
-    """The example's size; where it depends on data, one in its range: large enough that a top-k drops something."""
-    if symbol in environment.backed_var_to_val:
-        return int(environment.backed_var_to_val[symbol])
-    bounds = environment.var_to_range[symbol]
-    return int(min(max(bounds.lower, SMALL), bounds.upper))
-
-
-class Sizes:
-    """Numbers for a graph's symbolic sizes: the example's, made small where the graph's guards still hold."""
-
-    def __init__(self, graph: Graph, site: Site) -> None:
-        self.values: dict[sympy.Symbol, int] = {}
-        stops = _stops(site)
-        relevant = upstream([o.node for o in site.outputs], stops)
-        nodes = {*relevant, *stops, *(v for v in site.attributes.values() if isinstance(v, Node))}
-        symints = [s for node in nodes for s in _symints(node.meta.get("val"))]
-        if not symints:
-            return
-        environment = symints[0].node.shape_env
-        symbols = set().union(*(s.node.expr.free_symbols for s in symints))
-        hints = {s: _example(environment, s) for s in symbols}
-        small = {s: self._small(environment, s, hint) for s, hint in hints.items()}
-        guards = [guard.expr for guard in environment.guards]
-        fits = all(guard.xreplace(small) is not sympy.false for guard in guards)
-        self.values = small if fits else hints
-
-    @staticmethod
-    def _small(environment: Any, symbol: sympy.Symbol, hint: int) -> int:
-        bounds = environment.var_to_range[symbol]
-        return min(hint, int(max(bounds.lower, SMALL)))
-
-    def number(self, size: Any) -> Any:
-        """A size, or a value made of sizes, as a number."""
-        if isinstance(size, torch.SymInt):
-            return int(size.node.expr.xreplace(self.values))
-        if isinstance(size, (torch.SymFloat, torch.SymBool)):
-            return size.node.expr.xreplace(self.values)
-        return size
-
-    def shape(self, node: Node) -> tuple[int, ...]:
-        """The shape of a node's tensor."""
-        return tuple(self.number(s) for s in node.meta["val"].shape)
-
-    def count(self, node: Node) -> int:
-        """Elements of a node's tensor; 0 for anything else."""
-        value = node.meta.get("val")
-        return math.prod(self.shape(node)) if isinstance(value, torch.Tensor) else 0
-
-
-def _symints(value: Any) -> list[torch.SymInt]:
-    if isinstance(value, torch.SymInt):
-        return [value] if not value.node.expr.is_Integer else []
-    if isinstance(value, torch.Tensor):
-        sizes: list[Any] = list(value.shape)
-        return [s for s in sizes if isinstance(s, torch.SymInt)]
-    return []
 
 
 def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generator, known: Values) -> Values:
@@ -216,9 +177,10 @@ def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Ru
     graph = Graph()
     copies: dict[Node, Node] = {}
     inputs: list[Node] = []
-    stops = _stops(site) & {source for node in inner for source in node.all_input_nodes}
-    for node in sorted(wanted | stops):
-        if node in stops or node.op in ("placeholder", "get_attr"):
+    given = {source for node in inner if not _is_number(node) for source in node.all_input_nodes} - wanted
+    read = wanted | {source for node in inner for source in sources(node)}
+    for node in sorted(wanted | given):
+        if node in given or node.op in ("placeholder", "get_attr"):
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
             copies[node] = graph.placeholder(node.name)
@@ -232,7 +194,8 @@ def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Ru
     run = GraphModule(torch.nn.Module(), graph)
 
     def old(values: Values) -> tuple[torch.Tensor, ...]:
-        result: tuple[torch.Tensor, ...] = run(*(_judge(values[node]) for node in inputs))
+        known = values | {node: hollow(node, sizes.values) for node in inputs if node not in read}
+        result: tuple[torch.Tensor, ...] = run(*(_judge(known[node]) for node in inputs))
         return result
 
     return old

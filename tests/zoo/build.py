@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tests.zoo.families import FAMILIES, Specimen, specimens
+from tests.zoo.families import FAMILIES, Specimen, classes_of, specimens
 from tests.zoo.inputs import candidates
 from tests.zoo.overrides import overrides_for
 from tests.zoo.shrink import shrunk, sub_configs
@@ -78,6 +79,8 @@ def _model(specimen: Specimen, implementation: Implementation, widths: bool) -> 
         model_class = getattr(transformers, specimen.model_class)
         if implementation == "sdpa" and not model_class._supports_sdpa:
             raise CannotBuild("it has no SDPA form")
+        if model_class.forward is nn.Module.forward:
+            raise CannotBuild("it has no forward of its own")
         config_class = CONFIG_MAPPING[specimen.name]
         fields = overrides_for(specimen.name)
         if "is_decoder" in getattr(config_class, "__dataclass_fields__", {}):
@@ -97,7 +100,11 @@ def _model(specimen: Specimen, implementation: Implementation, widths: bool) -> 
     if size > LARGEST:
         raise CannotBuild(f"not small: {size / 1e6:.0f} million parameters with what could be shrunk")
     config._attn_implementation = implementation
-    model = model_class._from_config(config, dtype=torch.float32, attn_implementation=implementation)
+    if implementation == "sdpa":
+        _eager_where_there_is_nothing_else(config, vars(sys.modules[model_class.__module__]).values())
+    model = model_class._from_config(config, dtype=torch.float32)
+    if config._experts_implementation == "eager" and model_class._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")  # the eager loop is over the experts that are hit
     return randomized(model.float()).eval()
 
 
@@ -107,6 +114,22 @@ def _part_for(model_class: Any, config: Any) -> Any:
     if wanted is None or isinstance(config, wanted):
         return config
     return next((part for part in sub_configs(config).values() if isinstance(part, wanted)), config)
+
+
+def _eager_where_there_is_nothing_else(config: Any, beside: Collection[Any]) -> None:
+    """Parts of a model that have no SDPA form, such as a backbone of convolutions, keep the eager one.
+
+    Their classes are those of the auto classes, and those defined ``beside`` the model's own.
+    """
+    import transformers
+
+    for part in sub_configs(config).values():
+        classes = [getattr(transformers, name, None) for name in classes_of(part.model_type)]
+        classes += [other for other in beside if getattr(other, "config_class", None) is type(part)]
+        if all(getattr(model_class, "_supports_sdpa", True) for model_class in classes):
+            _eager_where_there_is_nothing_else(part, beside)
+        else:
+            part._attn_implementation = "eager"
 
 
 def _without_cache(config: Any) -> Any:

@@ -48,6 +48,12 @@ INPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "spatial_shapes": ("eights", 2, 2),
     },
     "audio/wav2vec2-bert": {"input_features": ("float", 2, 48, 160)},
+    "audio/nemotron_asr_streaming": {"input_features": ("float", 2, 192, 80), "decoder_input_ids": ("ids", 2, 1)},
+    "audio/nemotron3_5_asr": {
+        "input_features": ("float", 2, 192, 80),
+        "decoder_input_ids": ("ids", 2, 1),
+        "prompt_ids": ("zeros", 2),
+    },
     "causal/musicgen": {"input_ids": ("ids", 8, 48)},  # batch times codebooks
     "causal/musicgen_melody": {"input_ids": ("ids", 8, 48)},
 }
@@ -165,6 +171,7 @@ INPUTS |= {
             "attention_mask": ("mask", 2, 40),
         },
         "muse_spark_audio": {"input_values": ("float", 2, 7680)},
+        "nemotron_asr_streaming_encoder": {"input_features": ("float", 2, 192, 80)},
         "neucodec": {"input_values": ("float", 2, 1, 3200), "input_features": ("float", 2, 10, 160)},
         "pocket_tts_audio_tokenizer_decoder": {"latents": ("float", 2, 64, 24)},
         "seggpt": {
@@ -179,7 +186,7 @@ INPUTS |= {
             "attention_mask": ("mask", 1, 16),
         },
         "video_llama_3_vision": {
-            "pixel_values": ("float", 128, 588),
+            "pixel_values": ("float", 128, 768),
             "grid_thw": ("grid", 2, 3),
             "merge_sizes": ("mask", 2),
         },

@@ -121,6 +121,12 @@ def _enumerate() -> Iterator[Specimen]:
         seen |= here
 
 
+def classes_of(name: str) -> set[str]:
+    """All models of an architecture, with whatever head."""
+    every = [auto for mappings in FAMILIES.values() for auto in mappings]
+    return {_mapping(auto)[name] for auto in (*every, "BACKBONE") if name in _mapping(auto)}
+
+
 def _mapping(auto: str) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 

@@ -99,9 +99,7 @@ def _needed(about: _About) -> list[str]:
     required = _required(about)
     main = about.model.main_input_name
     required = required | ({main} if isinstance(main, str) else set(main))
-    wanted = WITH.get(about.family, set())
-    if "decoder_input_ids" in about.parameters and getattr(about.config, "is_encoder_decoder", False):
-        wanted = wanted | {"decoder_input_ids"}
+    wanted = WITH.get(about.family, set()) | _decoded(about).keys()
     return [name for name in about.parameters if name in required | wanted]
 
 
@@ -215,11 +213,18 @@ def _with_images(about: _About) -> Iterator[Inputs]:
         text = tokens(about.config, 24)
         start, rest = text[:, :4], text[:, 4:]
         ids = torch.cat([start, torch.full((BATCH, count // BATCH), token), rest], 1)
-        made = {"input_ids": ids, **images}
+        made = {"input_ids": ids, **images, **_decoded(about)}
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in about.parameters:
                 yield made | {name: (ids == token).long()}
         yield made
+
+
+def _decoded(about: _About) -> Inputs:
+    """The tokens of a decoder: without them, many a model starts from a single one."""
+    if "decoder_input_ids" in about.parameters and getattr(about.config, "is_encoder_decoder", False):
+        return {"decoder_input_ids": next(MAKERS["decoder_input_ids"](about))}
+    return {}
 
 
 def _image_inputs(about: _About) -> Iterator[Inputs]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -18,6 +19,7 @@ from kreg.rewriters.capture import export_model, first_sentences
 from tests.zoo.build import CannotBuild, Implementation, Specimen, build
 from tests.zoo.oracle import census, is_causal
 from tests.zoo.peers import fused_attentions
+from tests.zoo.prepared import prepared, with_caches
 
 Record = dict[str, Any]
 aten = torch.ops.aten
@@ -78,10 +80,16 @@ def measure(
 def _program(
     record: Record, specimen: Specimen, implementation: Implementation, tell: Callable[[Record], None]
 ) -> ExportedProgram:
-    """Builds, counts and exports; without images where a model that takes text alone does not export with them."""
+    """Builds, counts and exports.
+
+    What does not export as it is: a model that takes text alone, without images; any other in SDPA form, as
+    transformers prepares it.
+    """
     try:
-        return _counted(record, specimen, implementation, tell, text_only=False)
+        return _counted(record, specimen, implementation, tell)
     except CaptureError as error:
+        if specimen.family != "multimodal" and implementation == "sdpa":
+            return _prepared(record, specimen, tell, error)
         if specimen.family != "multimodal":
             raise
         record["with_images"] = " ".join(str(error).split())
@@ -92,22 +100,40 @@ def _program(
         raise CaptureError(record.pop("with_images")) from None
 
 
+def _prepared(
+    record: Record, specimen: Specimen, tell: Callable[[Record], None], error: CaptureError
+) -> ExportedProgram:
+    try:
+        program = _counted(record, specimen, "sdpa", tell, prepare=prepared)
+    except Exception:
+        record["stage"] = "export"
+        raise error from None
+    record["prepared"] = " ".join(str(error).split())
+    return program
+
+
+def _unprepared(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Mapping[str, Any]]:
+    return nullcontext(inputs)
+
+
 def _counted(
     record: Record,
     specimen: Specimen,
     implementation: Implementation,
     tell: Callable[[Record], None],
-    text_only: bool,
+    text_only: bool = False,
+    prepare: Callable[[nn.Module, Mapping[str, Any]], AbstractContextManager[Mapping[str, Any]]] = _unprepared,
 ) -> ExportedProgram:
     with _stage(record, "build", tell):
         model, inputs = build(specimen, implementation, text_only=text_only)
         record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        record["inputs"] = {name: list(getattr(value, "shape", ())) for name, value in inputs.items()}
-    with _stage(record, "oracle", tell):
-        record["oracle"] = census(model, inputs).to_json()
-        record["causal"] = is_causal(model, inputs)
-    with _stage(record, "export", tell):
-        program = export_model(model, inputs)
+    with prepare(model, inputs) as ready:
+        record["inputs"] = {name: list(getattr(value, "shape", ())) for name, value in ready.items()}
+        with _stage(record, "oracle", tell):
+            record["oracle"] = census(model, ready).to_json()
+            record["causal"] = is_causal(model, ready)
+        with _stage(record, "export", tell):
+            program = export_model(with_caches(model), ready)
     attentions = record["oracle"]["attentions"]
     left = _softmaxes(program) - Counter(a["module"] for a in attentions if a["used"])
     for attention in attentions:

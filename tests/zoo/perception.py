@@ -20,6 +20,7 @@ TOWER = {
     "image_size": 112,
     "patch_size": 14,
 }
+CLASSIFIER = TOWER | {"model_type": "vit", "num_labels": 64}
 
 CONFIG: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": 127, "num_query_tokens": 8},
@@ -64,13 +65,6 @@ CONFIG: dict[str, dict[str, Any]] = {
     "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
     "step3p5": {"sliding_window": 16},
     "t5gemma2_encoder": {"mm_tokens_per_image": 16},
-    "gemma4_assistant": {
-        "text_config.hidden_size_per_layer_input": 0,
-        "text_config.vocab_size_per_layer_input": 0,
-        "text_config.num_hidden_layers": 2,
-        "text_config.num_kv_shared_layers": 2,
-        "text_config.layer_types": ["sliding_attention", "full_attention"],
-    },
     "pp_doclayout_v2": {
         "decoder_in_channels": [64, 64, 64],
         "class_thresholds": [0.0, 0.0],
@@ -78,6 +72,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
     "moonshine_streaming": {"num_key_value_heads": 4},
     "efficientnet": {"image_size": 64},
+    "swin2sr": {"image_size": 16},  # windows of eight, and no stage halves the image
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "dpt": {
         "num_hidden_layers": 4,
@@ -115,6 +110,9 @@ CONFIG: dict[str, dict[str, Any]] = {
             for name in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
         },
     },
+    "pe_video_encoder": {"vision_config": CLASSIFIER},
+    # Chunks of four frames, each of which looks at two before it.
+    "nemotron_asr_streaming_encoder": {"sliding_window": 9, "default_num_lookahead_tokens": 3},
     "omdet-turbo": {
         "image_size": 128,
         "apply_layernorm_after_vision_backbone": False,
@@ -163,6 +161,17 @@ SHARED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("deformable_detr",), {"backbone_config": RESNET | {"out_features": ["stage2", "stage3", "stage4"]}}),
     (("fast_vlm", "perception_lm"), {"vision_config": TOWER | {"model_args": {"embed_dim": 64}}}),
     (("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 128}),
+    # What their own validation asks for.
+    (
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        {
+            "text_config.hidden_size_per_layer_input": 0,
+            "text_config.vocab_size_per_layer_input": 0,
+            "text_config.num_hidden_layers": 2,
+            "text_config.num_kv_shared_layers": 0,
+            "text_config.layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     # As many groups as channels.
     (("mimi", "mimi_decoder", "pocket_tts_audio_tokenizer_decoder"), {"upsample_groups": 64}),
     (

@@ -38,9 +38,14 @@ def _key_heads(value: int, fields: Mapping[str, Value]) -> int:
 
 
 def _image(value: int, fields: Mapping[str, Value]) -> int:
-    """Eight patches by eight."""
-    patch = fields.get("patch_size")
-    return min(value, 8 * patch) if isinstance(patch, int) else value
+    """Eight patches by eight, and two by two at least after the last of stages that halve them."""
+    patch, stages, stride = (fields.get(name) for name in ("patch_size", "depths", "output_stride"))
+    if not isinstance(patch, int):
+        return value
+    if isinstance(stride, int):  # of the features that are cut into patches
+        return min(value, 4 * patch * stride)
+    patches = max(8, 2 ** len(stages)) if isinstance(stages, (list, tuple)) else 8
+    return min(value, patches * patch)
 
 
 COUNTS = r"(num_)?(hidden_layers|layers|blocks)|n_layers?|(num_)?(encoder|decoder|.*_num)_(hidden_)?layers|depth"
@@ -143,8 +148,17 @@ def _changes(default: Any, overrides: Mapping[str, Value], widths: bool) -> dict
     changes |= _rope(fields, changes, own, widths)
     if "use_cache" in fields:
         changes["use_cache"] = False
-    changes |= own
+    changes |= {name: _configured(value) for name, value in own.items()}
     return changes | _tokens(fields, changes)
+
+
+def _configured(value: Value) -> Value:
+    """A part of another kind than a configuration has by default is given as a configuration."""
+    from transformers import AutoConfig
+
+    if not isinstance(value, dict) or "model_type" not in value:
+        return value
+    return AutoConfig.for_model(**value)
 
 
 def _given(config: Any, part: str, sub: Any) -> dict[str, Value]:

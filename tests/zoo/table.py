@@ -237,6 +237,13 @@ def _failures(found: Sequence[Record]) -> Iterator[str]:
     if text:
         yield f"Exported with text alone, since they do not export with images: {', '.join(sorted(text))}."
         yield ""
+    ready = {_named(r) for r in found if "prepared" in r}
+    if ready:
+        yield (
+            "Exported as `transformers.exporters` prepares them (sizes computed beforehand, one fused call for a loop "
+            f"over images), since they do not export as they are: {', '.join(sorted(ready))}."
+        )
+        yield ""
     without = {_named(r) for r in found if NO_FORM in r.get("failed", "")}
     yield f"Without an SDPA form: {', '.join(sorted(without))}."
 
