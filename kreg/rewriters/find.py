@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kreg.rewriters import notation as n
+from kreg.rewriters.graph import WRITTEN
 from kreg.rewriters.lift import Lifter
 from kreg.rewriters.rules import RULES, Context, Rule
 from kreg.rewriters.rules.given import given
@@ -71,7 +72,7 @@ def _first(context: Context, rules: Sequence[Rule], node: Node) -> Site | NearMi
     miss: NearMiss | None = None
     for rule in rules:
         try:
-            return rule.find(context, node)
+            return _kept_whole(rule.find(context, node))
         except Refused as refusal:
             miss = NearMiss(rule.op.name, node, refusal.reason, refusal.node)
         except Exception as error:  # a rule that breaks must not take the model with it
@@ -79,6 +80,20 @@ def _first(context: Context, rules: Sequence[Rule], node: Node) -> Site | NearMi
             miss = NearMiss(rule.op.name, node, f"the rule itself failed: {type(error).__name__}: {error}")
     assert miss is not None
     return miss
+
+
+def _kept_whole(site: Site) -> Site:
+    """A site whose operands stay what they are until its gradient reads them.
+
+    Raises:
+        Refused: the program writes into one of them.
+    """
+    for name, operand in site.operands.items():
+        for node in operand.nodes:
+            if node.meta.get(WRITTEN):
+                reason = f"{name} is in the memory of an input that the program writes into: a gradient would read that"
+                raise Refused(reason, node)
+    return site
 
 
 def _ranges(graph: Graph) -> n.SizeRange:

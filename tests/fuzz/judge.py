@@ -189,7 +189,7 @@ def disagreement(new: Answer, own: Answer, truth: Answer, program: Program, call
         if found:
             return f"{call.name}: {found}"
     if own.gradients is None or new.gradients is None or truth.gradients is None:
-        return ""
+        return ""  # autograd refused to go back where something was written
     if bool(own.gradients) != bool(new.gradients):
         return f"{call.name}: gradients flow in one of the two only"
     broken = [any(g is not None and bool(torch.isnan(g).any()) for g in a.gradients or ()) for a in (new, own)]
@@ -274,7 +274,8 @@ def _wrong(
             call = dataclasses.replace(call, backward=False)
         wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in call.inputs.items()}
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's gradients are not exact in rows that are masked whole
-            truth = own if stochastic else answer(exact, dict(exact.named_parameters()), _with(call, wide))
+            truth = own if stochastic else _own_answer(exact, _with(call, wide))
+        assert truth is not None, "it ran in its own dtype"
         try:
             new = answer(rewritten, dict(rewritten.named_parameters()), call)
         except Exception as error:

@@ -111,6 +111,14 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("q: leaked", "out: without nan"),
     ),
+    Attention(
+        layout="bmm",
+        product="sdpa",
+        masks=(Mask(kind="documents"),),
+        merged=False,
+        dtype="bfloat16",
+        twists=("result: input mutated after",),
+    ),
 )
 """What long runs came upon."""
 

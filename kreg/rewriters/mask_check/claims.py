@@ -33,10 +33,16 @@ def fused_causal(queries: int, keys: int) -> torch.Tensor:
     return weights > 0
 
 
-def weights(added: torch.Tensor) -> torch.Tensor:
-    """Attention weights where all products are 0; none in a row that masks everything."""
-    empty = (added <= NEGLIGIBLE / 2).all(dim=-1, keepdim=True)
-    return torch.softmax(added.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+def weights(*added: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Attention weights where all products are 0, for each of what may be added.
+
+    A row that masks everything has none; but where a softmax gives the same of all, as of rows that one of them
+    shifts, these are its weights.
+    """
+    empty = [(scores <= NEGLIGIBLE / 2).all(dim=-1, keepdim=True) for scores in added]
+    plain = [torch.softmax(scores, dim=-1) for scores in added]
+    same = torch.stack([(one - plain[0]).abs().amax(-1, keepdim=True) <= CLOSE for one in plain]).all(0)
+    return tuple(one.masked_fill(none & ~same, 0.0) for one, none in zip(plain, empty, strict=True))
 
 
 def conjunction(conditions: Sequence[torch.Tensor]) -> torch.Tensor:
