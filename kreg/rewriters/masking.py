@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_sdpa, logits_of
 from kreg.rewriters.arrange import Group, arrange, bind, condition, in_a_row, renamed
-from kreg.rewriters.graph import PARAMETER, STORED, argument, aten, dtype_of, is_tensor
+from kreg.rewriters.biases import is_moderate, refuse_masked_scores
+from kreg.rewriters.graph import argument, aten, dtype_of
 from kreg.rewriters.lift import broadcast
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.packed import by_places
@@ -31,15 +31,6 @@ from kreg.rewriters.stretches import Stretch
 
 ABSORBING = -1e30
 """Added to a score in any float, this or less leaves nothing of it."""
-
-SUMMED = frozenset(
-    {
-        *(aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, aten.bmm.default),
-        *(aten.einsum.default, aten.baddbmm.default, aten.layer_norm.default, aten.rms_norm.default),
-    }
-)
-"""Operators whose results, where gradients flow through them, are activations: of these no element is huge by itself,
-unless the model's are."""
 
 FAR = 1000
 """So many nodes behind a result its masks are looked for; each layer's stand before it."""
@@ -69,6 +60,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     if empty is None:
         raise Refused("a query may have no keys, and what the model gives then is not one thing", found.anchor)
     terms, biases, structure = scores.masks, (*scores.biases, *_sunk(found)), _read(found, scores.masks)
+    refuse_masked_scores(found, terms, biases)
     operands: dict[str, Operand] = {}
     if biases:
         operands["bias"] = _sum(found, biases, found.roles.of_scores, like)
@@ -82,7 +74,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
         "offset": structure.offset,
         "empty": empty,
     }
-    masked = "mask" in operands or not all(_is_moderate(b) for b in scores.biases)
+    masked = "mask" in operands or not all(is_moderate(b) for b in scores.biases)
     return Masking(attributes, operands, describe(structure, operands, masked), claims(found, terms, like, biases))
 
 
@@ -97,7 +89,7 @@ def _sunk(found: Attention) -> tuple[Bias, ...]:
     if found.sinks is None or not found.sinks_by_query:
         return ()
     less = Bias(found.sinks, -1.0, depth=0)
-    if not _is_moderate(less, beside=aten.linear.default):
+    if not is_moderate(less, beside=aten.linear.default):
         raise Refused("the logit without a value is one for each query, and may be infinite", found.anchor)
     return (less,)
 
@@ -120,7 +112,7 @@ def _empty(
     found: Attention, terms: Sequence[MaskTerm], biases: Sequence[Bias], structure: masks.Structure
 ) -> str | None:
     """The op's ``empty`` under which a query without keys gives what the model gives; None if there is none."""
-    roles, moderate = found.roles, all(_is_moderate(b) for b in biases)
+    roles, moderate = found.roles, all(is_moderate(b) for b in biases)
     leaves_keys = masks.leaves_keys(structure, roles.queries, roles.key.size)
     if found.scores.floored and found.sinks is None and not (leaves_keys and moderate):
         return None
@@ -145,38 +137,6 @@ def _empty(
     if len(fills) == len(terms):
         return "uniform" if all(b.depth >= len(fills) for b in biases) else None
     return "shifted" if len(terms) == 1 and not biases and value <= ABSORBING else None
-
-
-def _is_moderate(bias: Bias, beside: Any = None) -> bool:
-    """Whether a bias is made of trained parameters, integers and small constants, so that it is no mask itself.
-
-    Args:
-        beside: an operator whose results are taken for ordinary numbers too.
-    """
-    parts = list(bias.expression.walk())
-    small = all(abs(part.value) < -masks.NEGLIGIBLE for part in parts if isinstance(part, n.Const))
-    tensors = [part.node for part in parts if isinstance(part, n.Load)]
-    return small and all(node.target is beside or _is_small(node) for node in tensors)
-
-
-def _is_small(node: Node) -> bool:
-    """Whether a tensor's elements are ordinary numbers: nothing huge or unlearned goes into them."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or not is_tensor(current) or not dtype_of(current).is_floating_point:
-            continue
-        seen.add(current)
-        trains = current.meta.get("trains", False)
-        if trains and (current.meta.get(PARAMETER, False) or current.target in SUMMED):
-            continue
-        if STORED in current.meta and bool((current.meta[STORED].abs() < -masks.NEGLIGIBLE).all()):
-            continue
-        constants = [a for a in tree_leaves([current.args, current.kwargs]) if isinstance(a, (int, float))]
-        if current.op != "call_function" or any(abs(c) >= -masks.NEGLIGIBLE for c in constants):
-            return False
-        pending.extend(current.all_input_nodes)
-    return True
 
 
 def _sum(

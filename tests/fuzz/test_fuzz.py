@@ -119,6 +119,13 @@ FOUND: tuple[Program, ...] = (
         dtype="bfloat16",
         twists=("result: input mutated after",),
     ),
+    Attention(
+        batch=1,
+        groups=1,
+        masks=(Mask(kind="padding", fill="added", value="min"),),
+        merged=False,
+        twists=("logits: steadied by key",),
+    ),
 )
 """What long runs came upon."""
 
