@@ -29,9 +29,6 @@ from kreg.rewriters.site import Claim, Extent, Mask, Operand, Refused
 from kreg.rewriters.softmax import Attention
 from kreg.rewriters.stretches import Stretch
 
-ABSORBING = -1e30
-"""Added to a score in any float, this or less leaves nothing of it."""
-
 FAR = 1000
 """So many nodes behind a result its masks are looked for; each layer's stand before it."""
 
@@ -119,7 +116,7 @@ def _empty(
     if found.sinks is not None or leaves_keys:
         soft = [t for t in terms if t.value != INFINITE]
         # beside a bias that may itself mask, a finite mask does not say which keys are left, nor how far below a sink
-        if soft and not moderate and (found.sinks is None or any(not t.value <= ABSORBING for t in soft)):
+        if soft and not moderate and (found.sinks is None or any(not t.value <= masks.ABSORBING for t in soft)):
             return None
         undefined = biases and found.sinks is None and found.zeroed in ("never", "undefined")
         return "nan" if undefined else "zero"  # a bias may be -inf for every key
@@ -136,7 +133,7 @@ def _empty(
     fills = [t for t in terms if not t.added]
     if len(fills) == len(terms):
         return "uniform" if all(b.depth >= len(fills) for b in biases) else None
-    return "shifted" if len(terms) == 1 and not biases and value <= ABSORBING else None
+    return "shifted" if len(terms) == 1 and not biases and value <= masks.ABSORBING else None
 
 
 def _sum(

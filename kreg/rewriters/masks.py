@@ -15,6 +15,9 @@ from kreg.rewriters.notation import Expr
 NEGLIGIBLE = -1e4
 """Added to a score, this or less leaves a weight of 0 beside any other key of an ordinary score."""
 
+ABSORBING = -1e30
+"""Added to a score in any float, this or less leaves nothing of it; a few of them may add up to -inf."""
+
 
 def keep_of(e: Expr) -> Expr | None:
     """The condition under which an additive mask's element is 0 and not (nearly) -inf; None if it is no mask."""

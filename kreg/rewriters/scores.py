@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from kreg.rewriters import notation as n
 from kreg.rewriters.lift import Lifter, is_regular
-from kreg.rewriters.masks import NEGLIGIBLE, keep_of
+from kreg.rewriters.masks import ABSORBING, NEGLIGIBLE, keep_of
 from kreg.rewriters.notation import Expr, Var
 from kreg.rewriters.site import Refused
 from kreg.rewriters.stretches import Stretch, join, lifted_on, split
@@ -280,8 +280,8 @@ def take_apart(
         raise Refused("scores are multiplied by a condition that no mask repeats", node)
     core, found = _the_product(terms)
     masks = (*terms.masks, *found.masks)
-    if any(not term.value > INFINITE for term in masks) and not all(map(_is_top, terms.shift)):
-        raise Refused("all logits are shifted by an amount that a mask of -inf may make undefined", node)
+    if any(not term.value > ABSORBING for term in masks) and not all(map(_is_top, terms.shift)):
+        raise Refused("all logits are shifted by an amount that a mask may make infinite or undefined", node)
     others = _joined([other for other in terms.cores if other is not core])
     return replace(
         found,

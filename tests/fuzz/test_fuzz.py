@@ -126,6 +126,13 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("logits: steadied by key",),
     ),
+    Attention(
+        projection="fused",
+        batch=1,
+        masks=(Mask(kind="documents", value="min"),),
+        merged=False,
+        twists=("logits: centred by row",),
+    ),
 )
 """What long runs came upon."""
 
