@@ -194,15 +194,19 @@ def _held(found: Attention, bias: Bias) -> tuple[Expr, float]:
 def _summands(found: Attention, bias: Bias, some: bool) -> Iterator[Bias]:
     """The terms of a bias that have tensors: itself, or the terms that the model added to the scores one by one.
 
-    A number that is added to all scores changes nothing; one that is added to those of ``some`` keys does.
+    A number that is added to all scores changes nothing; one that is added to those of ``some`` keys does, or to all
+    but a sink.
     """
     match bias.expression:
         case n.Apply("add", arguments) if not bias.stretches and _held(found, bias)[0] not in found.lifter.origins:
             for part in arguments:
                 if not isinstance(part, n.Const):
                     yield from _summands(found, replace(bias, expression=part), some)
-                elif some:
-                    raise Refused("a number is added to the scores of some of the keys", found.anchor)
+                elif some or found.sinks is not None:
+                    others = "the other keys" if some else "the sink"
+                    raise Refused(
+                        f"a number is added to the scores of some of the keys, and not to {others}", found.anchor
+                    )
                 elif abs(part.value * bias.factor) >= -masks.NEGLIGIBLE:
                     raise Refused("a large number is added to all scores", found.anchor)
         case _:

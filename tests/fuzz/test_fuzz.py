@@ -133,6 +133,9 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("logits: centred by row",),
     ),
+    Attention(
+        layout="sd", batch=1, groups=1, bias="alibi", sink="behind", merged=False, twists=("logits: raised by one",)
+    ),
 )
 """What long runs came upon."""
 
