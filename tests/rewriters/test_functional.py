@@ -362,11 +362,12 @@ def test_operators_that_are_called_by_another_name_take_the_same_arguments() -> 
         assert arguments(other) == arguments(name), other
 
 
-def test_modules_and_lines_of_the_code_are_kept_with_the_nodes() -> None:
-    class Inner(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.softmax(-1)
+class Inner(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.softmax(-1)
 
+
+def test_modules_and_lines_of_the_code_are_kept_with_the_nodes() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -383,10 +384,6 @@ def test_modules_and_lines_of_the_code_are_kept_with_the_nodes() -> None:
 
 
 def test_modules_and_lines_of_code_between_switches_are_kept_too() -> None:
-    class Inner(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.softmax(-1)
-
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
