@@ -124,6 +124,8 @@ def read(lifter: Lifter, anchor: Node) -> Attention:
     for _ in range(MOST_CUTS):
         index = tuple(n.number(group) for group in groups)
         found = at(lifter, anchor, output, index)
+        if found.scores.scale == 0.0:
+            raise Refused("the scores are multiplied by 0, which is NaN wherever they are infinite", anchor)
         cut = next(iter(_cuts(found)), None)
         if cut is None:
             return found

@@ -134,6 +134,14 @@ FOUND: tuple[Program, ...] = (
         twists=("logits: centred by row",),
     ),
     Attention(
+        layout="nsd",
+        groups=1,
+        product="sdpa",
+        masks=(Mask(made="is_causal"),),
+        merged=False,
+        twists=("q: leaked", "k: nothing"),
+    ),
+    Attention(
         layout="sd", batch=1, groups=1, bias="alibi", sink="behind", merged=False, twists=("logits: raised by one",)
     ),
 )
