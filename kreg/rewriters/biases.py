@@ -14,7 +14,7 @@ from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import BETWEEN
 from kreg.rewriters.graph import PARAMETER, STORED, aten, dtype_of, is_tensor
 from kreg.rewriters.notation import Expr
-from kreg.rewriters.scores import Bias, MaskTerm, summands
+from kreg.rewriters.scores import Bias, MaskTerm, is_top, summands
 from kreg.rewriters.site import Refused
 from kreg.rewriters.softmax import Attention, tensors
 
@@ -58,6 +58,17 @@ def _is_small(node: Node) -> bool:
             return False
         pending.extend(current.all_input_nodes)
     return True
+
+
+def refuse_undefined_shift(found: Attention, shift: Sequence[Expr], biases: Sequence[Bias]) -> None:
+    """What all logits are shifted by is the largest of them, or finite, where a bias may be infinite.
+
+    Raises:
+        Refused: it is not.
+    """
+    if not all(map(is_top, shift)) and not all(is_moderate(b) for b in biases):
+        reason = "all logits are shifted by an amount that a bias may make infinite or undefined"
+        raise Refused(reason, found.anchor)
 
 
 def refuse_masked_scores(found: Attention, terms: Sequence[MaskTerm], biases: Sequence[Bias]) -> None:

@@ -19,7 +19,7 @@ from kreg.rewriters import masks
 from kreg.rewriters import notation as n
 from kreg.rewriters.anchors import is_sdpa, logits_of
 from kreg.rewriters.arrange import Group, arrange, bind, condition, in_a_row, renamed
-from kreg.rewriters.biases import is_moderate, refuse_masked_scores
+from kreg.rewriters.biases import is_moderate, refuse_masked_scores, refuse_undefined_shift
 from kreg.rewriters.graph import argument, aten, dtype_of
 from kreg.rewriters.lift import broadcast
 from kreg.rewriters.notation import Expr
@@ -57,6 +57,7 @@ def masking(found: Attention, like: Sequence[Extent] = ()) -> Masking:
     if empty is None:
         raise Refused("a query may have no keys, and what the model gives then is not one thing", found.anchor)
     terms, biases, structure = scores.masks, (*scores.biases, *_sunk(found)), _read(found, scores.masks)
+    refuse_undefined_shift(found, scores.shift, biases)
     refuse_masked_scores(found, terms, biases)
     operands: dict[str, Operand] = {}
     if biases:
@@ -118,9 +119,10 @@ def _empty(
         # beside a bias that may itself mask, a finite mask does not say which keys are left, nor how far below a sink
         if soft and not moderate and (found.sinks is None or any(not t.value <= masks.ABSORBING for t in soft)):
             return None
-        undefined = biases and found.sinks is None and found.zeroed in ("never", "undefined")
+        undefined = biases and found.sinks is None and found.zeroed in ("never", "undefined", "multiplied")
         return "nan" if undefined else "zero"  # a bias may be -inf for every key
-    if found.zeroed == "always":
+    finite = moderate and all(t.value > INFINITE for t in terms)  # or 0 times it is no number
+    if found.zeroed == "always" or (found.zeroed == "multiplied" and finite):
         return "zero"
     if found.zeroed == "undefined":
         return "nan"

@@ -280,7 +280,7 @@ def take_apart(
         raise Refused("scores are multiplied by a condition that no mask repeats", node)
     core, found = _the_product(terms)
     masks = (*terms.masks, *found.masks)
-    if any(not term.value > ABSORBING for term in masks) and not all(map(_is_top, terms.shift)):
+    if any(not term.value > ABSORBING for term in masks) and not all(map(is_top, terms.shift)):
         raise Refused("all logits are shifted by an amount that a mask may make infinite or undefined", node)
     others = _joined([other for other in terms.cores if other is not core])
     return replace(
@@ -417,7 +417,7 @@ def _may_mask(scores: Scores) -> bool:
     return bool(scores.masks or scores.biases)
 
 
-def _is_top(shift: Expr) -> bool:
+def is_top(shift: Expr) -> bool:
     """Whether what is subtracted from all logits is the largest of them, as softmax does itself; or finite anyway."""
     if isinstance(shift, n.Const):
         return abs(shift.value) < -NEGLIGIBLE

@@ -28,7 +28,7 @@ from kreg.rewriters.sdpa import read_sdpa, whole_sdpa
 from kreg.rewriters.site import Refused
 from kreg.rewriters.stretches import Stretch, extent, join, lifted_on
 
-Zeroed = Literal["never", "infinite", "always", "undefined"]
+Zeroed = Literal["never", "infinite", "always", "undefined", "multiplied"]
 MOST_CUTS = 6
 """How often index variables are cut into digits before a reading gives up."""
 
@@ -50,7 +50,7 @@ class Attention:
         sinks: the logit without a value, or None.
         factor: a constant on the result.
         zeroed: what the graph gives for a query without keys: 0 "always", 0 where masks are "infinite", no number
-            ("undefined"), or what the masks make of it ("never").
+            ("undefined"), what the masks make of it ("never"), or 0 times that ("multiplied").
         roles: the part that each index variable plays.
     """
 
@@ -235,7 +235,9 @@ def _at_softmax(lifter: Lifter, softmax: Node, output: Node, index: Index) -> At
     roles = assign(index, at_key, key, scores, values, sinks, output)
     if lifter.layers and _are_features(roles, scores):
         raise Refused("the softmax is of a layer's results that are features of the keys, and no scores", softmax)
-    zeroed: Zeroed = "always" if condition is not None else "never" if is_stable(softmax) else "undefined"
+    zeroed: Zeroed = "never" if is_stable(softmax) else "undefined"
+    if condition is not None and (products[0].chosen or is_stable(softmax)):
+        zeroed = "always" if products[0].chosen else "multiplied"
     factor *= products[0].factor
     return Attention(
         lifter, softmax, output, index, at_key, values, scores, scores_at, whole, sinks, factor, zeroed, roles
@@ -265,6 +267,7 @@ class _Weighted:
     Attributes:
         first: the first of these keys.
         condition: under which the weights are kept after the softmax.
+        chosen: whether 0 is chosen in their place otherwise; a factor 0 leaves what is no number.
     """
 
     first: Expr
@@ -273,6 +276,7 @@ class _Weighted:
     values: n.Load
     factor: float
     condition: Expr | None
+    chosen: bool
 
 
 def _weighted(term: Expr, softmax: Node, output: Node) -> _Weighted:
@@ -280,7 +284,7 @@ def _weighted(term: Expr, softmax: Node, output: Node) -> _Weighted:
     if len(summed) != 1:
         raise Refused("the product with the values has a form that is not read", output)
     (variable,) = summed
-    weights, values, condition = _weighted_values(body, output)
+    weights, values, condition, chosen = _weighted_values(body, output)
     if weights.node is not softmax:
         raise Refused("the weights go through another softmax", softmax)
     place = weights.index[weights.dim]  # of a single key the place is a number
@@ -289,7 +293,7 @@ def _weighted(term: Expr, softmax: Node, output: Node) -> _Weighted:
         raise Refused("the softmax does not run over the keys that the values are summed over", softmax)
     if any(variable in i.variables for d, i in enumerate(weights.index) if d != weights.dim):
         raise Refused("the weights are a diagonal", softmax)
-    return _Weighted(first, variable, weights, values, factor, condition)
+    return _Weighted(first, variable, weights, values, factor, condition, chosen)
 
 
 def _is_size(e: Expr) -> bool:
@@ -350,8 +354,9 @@ def _at_sdpa(lifter: Lifter, node: Node, output: Node, index: Index) -> Attentio
     )
 
 
-def _weighted_values(body: Expr, output: Node) -> tuple[n.Softmax, n.Load, Expr | None]:
-    """The weight and the value of a key, and the condition that weights are kept under after the softmax."""
+def _weighted_values(body: Expr, output: Node) -> tuple[n.Softmax, n.Load, Expr | None, bool]:
+    """The weight and the value of a key, the condition that weights are kept under after the softmax, and whether it
+    chooses 0 in their place."""
     factors = factors_of(body)
     masked = [f for f in factors if isinstance(f, n.Apply) and f.function == "indicator"]
     conditions = [f.arguments[0] for f in masked]
@@ -359,21 +364,21 @@ def _weighted_values(body: Expr, output: Node) -> tuple[n.Softmax, n.Load, Expr 
     weights = [f for f in factors if f not in masked and f not in values]
     if len(values) == 1 and len(weights) == 1 and len(conditions) <= 1:
         condition: Expr | None = conditions[0] if conditions else None
-        e = weights[0]
+        chosen, e = False, weights[0]
         while True:
             match e:
                 case n.Softmax():
-                    return e, values[0], condition
+                    return e, values[0], condition, chosen
                 case n.Apply("rounded:bfloat16" | "rounded:float16", (inner,)):
                     if str(dtype_of(output)).removeprefix("torch.") not in e.function:
                         raise Refused(f"the weights are {e.function.replace(':', ' to ')} on the way", output)
                     e = inner
                     continue
                 case n.Apply("where", (c, inner, n.Const(0))) if condition is None:
-                    condition, e = c, inner
+                    condition, chosen, e = c, True, inner
                     continue
                 case n.Apply("where", (c, n.Const(0), inner)) if condition is None:
-                    condition, e = n.not_(c), inner
+                    condition, chosen, e = n.not_(c), True, inner
                     continue
             break
         name = e.function if isinstance(e, n.Apply) else type(e).__name__.lower()

@@ -142,6 +142,16 @@ FOUND: tuple[Program, ...] = (
         twists=("q: leaked", "k: nothing"),
     ),
     Attention(
+        layout="nsd",
+        projection="fused",
+        groups=1,
+        product="baddbmm",
+        bias="input",
+        merged=False,
+        twists=("q: leaked", "scores: centred by row"),
+    ),
+    Attention(groups=1, masks=(Mask(kind="padding"),), merged=False, twists=("weights: masked afterwards",)),
+    Attention(
         layout="sd", batch=1, groups=1, bias="alibi", sink="behind", merged=False, twists=("logits: raised by one",)
     ),
 )
