@@ -36,8 +36,8 @@ def is_moderate(bias: Bias, beside: Any = None) -> bool:
     """
     parts = list(bias.expression.walk())
     small = all(abs(part.value) < -masks.NEGLIGIBLE for part in parts if isinstance(part, n.Const))
-    tensors = [part.node for part in parts if isinstance(part, n.Load)]
-    return small and all(node.target is beside or _is_small(node) for node in tensors)
+    read = [part.node for part in parts if isinstance(part, n.Load)]
+    return small and all(node.target is beside or _is_small(node) for node in read)
 
 
 def _is_small(node: Node) -> bool:
@@ -78,7 +78,7 @@ def refuse_masked_scores(found: Attention, terms: Sequence[MaskTerm], biases: Se
         Refused: there is such a bias.
     """
     added = [replace(b, expression=part) for b in biases for part in summands(b.expression)]
-    if len(terms) + len(added) < 2:
+    if not added or len(terms) + len(added) < 2:
         return
     q, k = {found.q.node}, {e.node for e in tensors(found.scores.product.keys)}
     stem = _stem(found, q, k)
