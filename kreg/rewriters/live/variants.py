@@ -191,7 +191,7 @@ class CapturedGraph:
             return self.original(*inputs)
         variant, further = (self.base, []) if self._is_settled() else self._choose(inputs)
         if self.listener is not None:
-            if self.variants or self.refused or self.misfits:
+            if self.tried:
                 self.listener.watch()
             if variant is not None:
                 self.listener.ran(variant)
