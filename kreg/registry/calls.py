@@ -106,14 +106,17 @@ def call(op: Op, kernel: str, arguments: Mapping[str, Any]) -> tuple[torch.Tenso
         chosen = _checked(op, chosen, arguments)
     try:
         return results(chosen.forward(**arguments))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        if _judged.on:
-            raise
-        found = results(op.reference(**arguments))  # where the arguments are at fault, this raises too
-        _raised(chosen.name, "", error)
-        return found
+        return instead(op, chosen.name, error, arguments)
+
+
+def instead(op: Op, kernel: str, error: Exception, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The results by the reference, for a kernel that raised; what nobody answers for is raised again."""
+    if _judged.on or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    found = results(op.reference(**arguments))  # where the arguments are at fault, this raises too
+    _raised(kernel, "", error)
+    return found
 
 
 def gradients(
@@ -137,20 +140,27 @@ def gradients(
         chosen = _checked(op, chosen, arguments)
     try:
         found = chosen.gradient(grads, outputs, needed, **arguments)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        if _judged.on:
-            raise
-        found = recompute(op.reference)(grads, outputs, needed, **arguments)
-        _raised(chosen.name, " in its backward", error)
-    kept: dict[str, torch.Tensor] = {}
-    for name in needed:
-        tensor = arguments[name]
-        if tensor is not None:
-            grad = found[name]
-            kept[name] = grad if grad.dtype is tensor.dtype else grad.to(tensor.dtype)
-    return kept
+        found = gradients_instead(op, chosen.name, error, grads, outputs, needed, arguments)
+    wanted = {name: arguments[name] for name in needed}
+    return {name: found[name].to(tensor.dtype) for name, tensor in wanted.items() if tensor is not None}
+
+
+def gradients_instead(
+    op: Op,
+    kernel: str,
+    error: Exception,
+    grads: tuple[torch.Tensor | None, ...],
+    outputs: tuple[torch.Tensor, ...],
+    needed: frozenset[str],
+    arguments: Mapping[str, Any],
+) -> Mapping[str, torch.Tensor]:
+    """As `instead`, of the gradients."""
+    if _judged.on or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    found = recompute(op.reference)(grads, outputs, needed, **arguments)
+    _raised(kernel, " in its backward", error)
+    return found
 
 
 def _checked(op: Op, kernel: Kernel, arguments: Mapping[str, Any]) -> Kernel:

@@ -164,6 +164,21 @@ def test_a_mask_is_proven_if_it_is_what_its_makers_made(mask: Mask, kind: str) -
     assert attached(model).account.variants
 
 
+def test_a_mask_of_unknown_making_does_not_settle_what_later_calls_get() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model(1)
+    model.mask = written_through_numpy
+    x = torch.randn(2, LENGTH, 16)
+    kreg.rewrite(model, example_inputs=(x,))
+    variants = attached(model).account.variants
+    (site,) = (site for variant in variants for site in variant.report.sites)
+    assert site.mask == {"kind": "input", "input": ["bias"]}
+    model.mask = causal
+    model(x)
+    assert [site.mask for site in variants[-1].report.sites] == [{"kind": "causal"}]
+
+
 class Paddings(nn.Module):
     """Two layers alike, each with two masks: the first layer's are of one padding, the second layer's of two."""
 

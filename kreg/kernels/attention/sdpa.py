@@ -6,8 +6,6 @@ weights all the same, and of queries whose lse is too large to compute probabili
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from kreg.kernels.attention import cpu as tiled
@@ -74,9 +72,13 @@ def forward(
     documents: None = None,
     *,
     scale: float,
+    softcap: float = 0.0,
     causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    offset: int = 0,
     empty: str = "zero",
-    **unused: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse; torch's causal mask, ``t <= s``, is the op's for offset 0.
 
@@ -111,11 +113,17 @@ def backward(
     v: torch.Tensor,
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    sinks: None = None,
     padding: torch.Tensor | None = None,
+    documents: None = None,
     scale: float,
+    softcap: float = 0.0,
     causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    offset: int = 0,
     empty: str = "zero",
-    **unused: Any,
 ) -> dict[str, torch.Tensor]:
     """Gradients of q, k and v; those of a shared key head are summed over its query heads."""
     (out, lse), grad = outputs, grads[0]

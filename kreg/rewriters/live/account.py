@@ -43,18 +43,14 @@ class Account:
         self.device = device
         self.paths = paths
         self.variants: list[Variant] = []
-        self.places: dict[str, dict[int, Variant]] = {}
+        self.places: dict[str, dict[int, Variant]] = {path: {} for path in paths}
         self.calls: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self.quiet = 0
+        self.watching = True  # noting how masks and positions are made
+        self._quiet = 0
         self.decided = decided
         self._before = Counter(fallbacks)
         self.now = _Thread()
-
-    @property
-    def watching(self) -> bool:
-        """Whether to note how masks and positions are made."""
-        return self.quiet < QUIET
 
     def watch(self) -> None:
         """It matters to a graph of this call how its inputs were made."""
@@ -63,7 +59,8 @@ class Account:
     def added(self, variant: Variant) -> None:
         """A variant was made, for the region that is running."""
         self.variants.append(variant)
-        self._answers(variant)
+        if self.now.path is not None:
+            self.places[self.now.path][id(variant)] = variant
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -92,12 +89,11 @@ class Account:
 
     def ran(self, variant: Variant) -> None:
         """A variant answers for the region that is running."""
-        self.now.rewritten |= variant.replaced and not variant.report.dry_run
-        self._answers(variant)
-
-    def _answers(self, variant: Variant) -> None:
-        if self.now.path is not None:
-            self.places.setdefault(self.now.path, {})[id(variant)] = variant
+        now = self.now
+        if variant.replaced and not variant.report.dry_run:
+            now.rewritten = True
+        if now.path is not None:
+            self.places[now.path][id(variant)] = variant
 
     def failed(self, reason: str) -> None:
         """The original code answered; said once in the log, and counted."""
@@ -115,7 +111,8 @@ class Account:
             if now.counting:
                 self.calls["rewritten" if now.rewritten else "original"] += 1
             if now.rewritten or now.watched:  # a decoding step, which rests on nothing, says nothing of the rest
-                self.quiet = 0 if now.watched else self.quiet + 1
+                self._quiet = 0 if now.watched else self._quiet + 1
+                self.watching = self._quiet < QUIET
         finally:
             now.rewritten = outer
 
@@ -153,7 +150,7 @@ class Account:
         )
 
     def _of(self, path: str) -> list[Variant]:
-        return list(self.places.get(path, {}).values())
+        return list(self.places[path].values())
 
     def _best(self, path: str) -> list[Variant]:
         """Of each graph of a region the variant that replaced most; several graphs where Dynamo breaks the region."""

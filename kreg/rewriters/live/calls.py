@@ -137,18 +137,19 @@ class RegionCall(_Call):
             return self.module._call_impl(*args, **kwargs)
         if inside and torch._C._len_torch_dispatch_stack() != _thread.modes:  # the model's own code put a mode there
             return self.module._call_impl(*args, **kwargs)
-        now = self.owner.account.now
+        owner = self.owner
+        now = owner.account.now
         outer = now.path
         try:
             now.path = self.path
-            call = self._compiled(first, args, kwargs)
+            call = owner.fixed if first.shape[:2] == self.sizes else self._compiled(first, args, kwargs)
             if inside != "watched":
                 return call(self.module, args, kwargs)
             with _pop_mode_temporarily():  # Dynamo would not capture under the recorder
                 return call(self.module, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything ran
             reason = f"{self.path or 'the model'} cannot be captured: {first_sentences(error, 300)}"
-            self.owner.account.failed(reason)
+            owner.account.failed(reason)
         finally:
             now.path = outer
         return self.module._call_impl(*args, **kwargs)
