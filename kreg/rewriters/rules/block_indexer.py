@@ -13,7 +13,7 @@ from kreg.rewriters.arrange import arrange
 from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked
 from kreg.rewriters.lift import Index, Lifter, variables
 from kreg.rewriters.notation import Expr
-from kreg.rewriters.rules.picks import is_light, leads_only_to, marked, shows_sets_only
+from kreg.rewriters.rules.picks import leads_only_to, marked, reaches, shows_sets_only
 from kreg.rewriters.rules.rule import Context, Rule
 from kreg.rewriters.scores import product_of
 from kreg.rewriters.site import Mask, Output, Refused, Site
@@ -28,15 +28,7 @@ def is_anchor(node: Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, Node)
-    return len(shape_of(source)) == 4 and _reaches_amax(source, 6)
-
-
-def _reaches_amax(node: Node, depth: int) -> bool:
-    if node.target is aten.amax.default:
-        return True
-    if depth == 0 or node.op != "call_function" or not is_light(node):
-        return False
-    return any(_reaches_amax(i, depth - 1) for i in node.all_input_nodes if is_tensor(i))
+    return len(shape_of(source)) == 4 and reaches(source, aten.amax.default, 6)
 
 
 def find(context: Context, anchor: Node) -> Site:

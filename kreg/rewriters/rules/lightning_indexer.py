@@ -17,7 +17,7 @@ from kreg.rewriters.graph import argument, aten, is_tensor, shape_of, unpacked
 from kreg.rewriters.lift import Lifter, variables
 from kreg.rewriters.notation import Expr
 from kreg.rewriters.rules.padding import padding
-from kreg.rewriters.rules.picks import is_light, leads_only_to, marked, shows_sets_only
+from kreg.rewriters.rules.picks import leads_only_to, marked, reaches, shows_sets_only
 from kreg.rewriters.rules.rule import Context, Rule
 from kreg.rewriters.site import Extent, Mask, Operand, Output, Refused, Site
 
@@ -30,15 +30,7 @@ def is_anchor(node: Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, Node)
-    return len(shape_of(source)) == 3 and _reaches_relu(source, 10)
-
-
-def _reaches_relu(node: Node, depth: int) -> bool:
-    if node.target is aten.relu.default:
-        return True
-    if depth == 0 or node.op != "call_function":
-        return False
-    return any(_reaches_relu(i, depth - 1) for i in node.all_input_nodes if is_tensor(i) and is_light(node))
+    return len(shape_of(source)) == 3 and reaches(source, aten.relu.default, 10)
 
 
 def find(context: Context, anchor: Node) -> Site:

@@ -89,6 +89,13 @@ def is_light(node: Node) -> bool:
     return node.target in POINTWISE or node.target in LAYOUT
 
 
+def reaches(node: Node, target: object, depth: int) -> bool:
+    """Whether a node is computed from a call of ``target``, some steps back, by what index notation can look into."""
+    if node.target is target:
+        return True
+    return depth > 0 and is_light(node) and any(reaches(i, target, depth - 1) for i in node.all_input_nodes)
+
+
 def marked(lifter: Lifter, picked: Node, index: Index, is_none: Callable[[Expr], bool]) -> Node | None:
     """The node where the picks at ``index`` become -1 under a condition, if nothing else reads the picks.
 
