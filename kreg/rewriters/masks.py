@@ -126,13 +126,17 @@ def read(keep: Expr, query: Expr, key: Expr, batch: Collection[Expr], square: bo
     structure = found.structure(square)
     if structure is None:
         return Structure(rest=n.conjuncts(keep))
-    misplaced = [c for c, at in found.placed if at != structure.offset]
+    chunks = [c for c, at in found.placed if at != structure.offset]
+    documents: list[Expr] = []
     if structure.documents is not None:
         own = n.substitute(structure.documents, {key: n.add(query, n.Const(structure.offset))})  # type: ignore[dict-item]
-        misplaced.extend(c for c, at_query in found.documents if at_query != own)
-    chunk = 0 if any(c in misplaced for c, _ in found.placed) else structure.chunk
-    documents = None if any(c in misplaced for c, _ in found.documents) else structure.documents
-    return replace(structure, chunk=chunk, documents=documents, rest=(*rest, *misplaced))
+        documents = [c for c, at_query in found.documents if at_query != own]
+    return replace(  # those that agree with the rest are said by the structure, the others are not
+        structure,
+        chunk=structure.chunk if len(chunks) < len(found.placed) else 0,
+        documents=structure.documents if len(documents) < len(found.documents) else None,
+        rest=(*rest, *chunks, *documents),
+    )
 
 
 @dataclass

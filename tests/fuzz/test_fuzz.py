@@ -154,6 +154,11 @@ FOUND: tuple[Program, ...] = (
     Attention(
         layout="sd", batch=1, groups=1, bias="alibi", sink="behind", merged=False, twists=("logits: raised by one",)
     ),
+    Attention(
+        masks=(Mask(kind="chunked", width=2, offset=1), Mask(kind="chunked", made="counted", width=2)),
+        merged=False,
+        twists=("q: leaked",),
+    ),
 )
 """What long runs came upon."""
 
