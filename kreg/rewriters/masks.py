@@ -157,8 +157,10 @@ class _Found:
     beside_prefix: bool = False  # a band that the prefix does not loosen
     bands: int = 0
 
-    def takes(self, condition: Expr, query: Expr, key: Expr, batch: Collection[Expr]) -> bool:
-        """Whether a condition has a place here."""
+    def takes(
+        self, condition: Expr, query: Expr, key: Expr, batch: Collection[Expr], whole: Expr | None = None
+    ) -> bool:
+        """Whether a condition has a place here; ``whole`` is the one that it is a part of."""
         band = _band(condition, query, key) or _first_key(condition, query, key)
         if band is not None and band[:2] == (1, -1):
             self.causal.append(-band[2])
@@ -171,7 +173,7 @@ class _Found:
             self.entries.append(condition)
         elif (chunk := _chunk(condition, query, key)) is not None:
             self.chunks.append(chunk[0])
-            self.placed.append((condition, chunk[1]))
+            self.placed.append((whole or condition, chunk[1]))
             self.bands += 1
         elif (member := _member(condition, key)) is not None:
             self.selected.append(member)
@@ -184,7 +186,7 @@ class _Found:
         elif (prefix := _prefix(condition, query, key)) is not None:
             self.beside_prefix |= self.bands > 0
             self.prefixes.append(prefix[0])
-            taken = all(self.takes(inner, query, key, ()) for inner in prefix[1])
+            taken = all(self.takes(inner, query, key, (), condition) for inner in prefix[1])
             self.bands = 0
             return taken
         elif key in condition.variables and condition.variables <= {key, *batch}:

@@ -60,11 +60,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph and the account of it."""
+    """A rewritten graph and the account of it.
+
+    Attributes:
+        cut_short: what the graph gives out is all that keeps it from having another site.
+    """
 
     module: GraphModule
     report: Report
     facts: tuple[SiteFacts, ...]
+    cut_short: bool = False
 
 
 @dataclass
@@ -125,7 +130,8 @@ def rewrite_graph(module: GraphModule, settings: Settings, *, model: str, fronte
         seconds=clock.seconds(),
         dry_run=settings.dry_run,
     )
-    return Rewritten(lowered, report, tuple(facts.values()))
+    cut_short = any(miss.is_given_out for miss in findings.near_misses)
+    return Rewritten(lowered, report, tuple(facts.values()), cut_short)
 
 
 @dataclass(frozen=True)

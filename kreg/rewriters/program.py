@@ -133,8 +133,14 @@ def rebuilt(functional: Functional, module: GraphModule) -> ExportedProgram:
     drop_idle_switches(module)
     signature = _following(functional.signature, module)
     module, passed = replace_set_grad_with_hop_pass(module, signature)
-    signature = passed or signature
-    program = functional.program
+    return _around(functional.program, module, passed or signature)
+
+
+def _as_it_was(program: ExportedProgram) -> ExportedProgram:
+    return _around(program, copy.deepcopy(program.graph_module), copy.deepcopy(program.graph_signature))
+
+
+def _around(program: ExportedProgram, module: GraphModule, signature: ExportGraphSignature) -> ExportedProgram:
     return ExportedProgram(
         root=module,
         graph=module.graph,
@@ -202,9 +208,12 @@ def _following(signature: ExportGraphSignature, module: GraphModule) -> ExportGr
 
 
 def finished(functional: Functional, module: GraphModule, report: Report) -> ExportedProgram:
-    """The program around a rewritten graph, which remembers the report."""
+    """The program around a rewritten graph, which remembers the report; one without ops is what it was.
+
+    Without mutation tensors may lie in memory in another order, which is the order that random numbers are drawn in.
+    """
     _note(module, report)
-    program = rebuilt(functional, module)
+    program = rebuilt(functional, module) if any(op_nodes(module.graph)) else _as_it_was(functional.program)
     _reports[program] = report
     return program
 

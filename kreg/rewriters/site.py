@@ -191,6 +191,12 @@ class NearMiss:
     reason: str
     node: Node | None = None
 
+    @property
+    def is_given_out(self) -> bool:
+        """Whether it fails at what the graph gives out: in a larger graph it may hold."""
+        at = self.node or self.anchor
+        return at.op == "output" or any(user.op == "output" for user in at.users)
+
     def to_json(self) -> dict[str, Any]:
         """The report's form."""
         at = self.node or self.anchor

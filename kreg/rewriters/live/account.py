@@ -78,6 +78,16 @@ class Account:
             for name in known.excluded_by(other)
         } | dict(self.decided)
 
+    @property
+    def cut_short(self) -> list[str]:
+        """The regions that give out what keeps a site from being one."""
+        return [path for path in self.paths if any(variant.cut_short for variant in self._of(path))]
+
+    @property
+    def replaced(self) -> int:
+        """How many sites are replaced in all regions."""
+        return sum(_replaced(variant) for path in self.paths for variant in self._best(path))
+
     def facts(self) -> list[SiteFacts]:
         """The sites of every region, as each of its graphs has them."""
         return [

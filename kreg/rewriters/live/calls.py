@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from kreg.rewriters.live.captured import Known, captured
 from kreg.rewriters.live.compiled import CompiledCall
 from kreg.rewriters.live.exclusions import ruled_out
 from kreg.rewriters.live.provenance import Recorder
-from kreg.rewriters.live.regions import regions, scopes
+from kreg.rewriters.live.regions import larger, regions, scopes
 from kreg.rewriters.live.variants import Compiled
 from kreg.rewriters.pipeline import Settings
 from kreg.rewriters.report import Report
@@ -43,12 +43,23 @@ class RewrittenModel:
     """What the calls in one model share: what was asked, the compiled call, and the account."""
 
     def __init__(self, model: nn.Module, settings: Settings, fix_first: bool) -> None:
+        self.model = model
         self.settings = settings
         self.fix_first = fix_first
-        self.regions = regions(model)
-        self.scopes = scopes(model, self.regions)
         self.name = type(model).__name__
+        self.take(regions(model))
+
+    def take(self, regions: Mapping[str, nn.Module]) -> None:
+        """Puts calls into regions and the modules around them, in the place of those that were there."""
+        detach(self.model)
+        self.regions = regions
+        self.scopes = scopes(self.model, regions)
         self.begin({})
+        for path, module in self.scopes.items():
+            if path not in regions:
+                module._compiled_call_impl = ScopeCall(module, self, path)
+        for path, module in regions.items():
+            module._compiled_call_impl = RegionCall(module, self, path)
 
     def begin(self, decided: Mapping[str, str]) -> None:
         """From nothing, without the kernels that a plan for the whole model rules out, for the reasons given."""
@@ -160,7 +171,7 @@ class RegionCall(_Call):
             self.sizes = sizes if self.owner.fix_first else ()
         if sizes == self.sizes or not self.owner.settings.dynamic:
             return self.owner.fixed
-        _mark_static((args, kwargs), {size for size in sizes if size > 1})
+        _mark_static((args, kwargs), {size for size in sizes if size > 1}, grid=first.dim() > 3)
         return self.owner.varying
 
 
@@ -204,14 +215,8 @@ def attach(
         inputs = split_inputs(example_inputs)
     elif not to_come:
         inputs = example_inputs_for(model)
-    detach(model)
-    owner = RewrittenModel(model, settings, fix_first)
     try:
-        for path, module in owner.scopes.items():
-            if path not in owner.regions:
-                module._compiled_call_impl = ScopeCall(module, owner, path)
-        for path, module in owner.regions.items():
-            module._compiled_call_impl = RegionCall(module, owner, path)
+        owner = RewrittenModel(model, settings, fix_first)
         if inputs is not None:
             _capture(model, owner, *inputs)
     except BaseException:
@@ -221,15 +226,29 @@ def attach(
 
 
 def _capture(model: nn.Module, owner: RewrittenModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    try:
+    def run() -> None:
         with _state_kept(model), owner.account.uncounted():
             model(*args, **kwargs)
+
+    try:
+        run()
+        _grow(owner, run)
         if decided := ruled_out(owner.account, owner.settings):
             owner.begin(decided)
-            with _state_kept(model), owner.account.uncounted():
-                model(*args, **kwargs)
+            run()
     except Exception as error:
         raise failure(model, error, "captured") from error
+
+
+def _grow(owner: RewrittenModel, run: Callable[[], None]) -> None:
+    """Captures more at once, where what a region gives out keeps a site from being one, if that helps."""
+    before, found = owner.regions, owner.account.replaced
+    while paths := [path for path in owner.account.cut_short if path]:
+        owner.take(larger(owner.model, owner.regions, paths))
+        run()
+    if owner.regions is not before and owner.account.replaced <= found:
+        owner.take(before)
+        run()
 
 
 def analysed(
@@ -287,22 +306,23 @@ EXAMPLE_LENGTH = 384
 model which compresses 128 tokens into an entry has more than one (sizes of 0 and 1 are cases of their own)."""
 
 
-def _mark_static(inputs: Any, varying: set[int]) -> None:
+def _mark_static(inputs: Any, varying: set[int], grid: bool) -> None:
     """Only batch and sequence may change from call to call, wherever they stand; channels, which come last, may not.
 
-    Equal sizes are one symbol, so that a mask is known to be as long as the keys.
+    Equal sizes are one symbol, so that a mask is known to be as long as the keys. Of a ``grid`` of pixels or tokens the
+    batch alone may: windows and padding of an unknown grid take Dynamo minutes, and a model sees few of them.
     """
     tensors = (leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
     for tensor in tensors:
         for d, size in enumerate(tensor.shape):
-            if size not in varying or (tensor.dim() == 3 and d == 2):
+            if size not in varying or (d > 0 if grid else tensor.dim() == 3 and d == 2):
                 torch._dynamo.mark_static(tensor, d)
 
 
 @contextlib.contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Capturing runs the model once: buffers and random number generators are put back."""
-    buffers: Mapping[str, torch.Tensor] = {name: b.detach().clone() for name, b in model.named_buffers()}
+    buffers = {name: (b._version, b.detach().clone()) for name, b in model.named_buffers()}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=cuda):
@@ -310,8 +330,10 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
+                version, value = buffers.get(name, (0, buffer))
+                # What the model keeps may have been computed from a buffer: one that nothing wrote into is left alone.
+                if buffer._version != version and value.shape == buffer.shape:
+                    buffer.copy_(value)
         _reshard(model)
 
 

@@ -86,6 +86,7 @@ class Variant:
         continuation: how inputs have to have been made, or None.
         conditions: what the sizes of a call have to be, beyond Dynamo's guards.
         broken: it raised once, and is not asked again.
+        cut_short: as `Rewritten` says it of the graph.
     """
 
     run: Compiled
@@ -95,6 +96,7 @@ class Variant:
     continuation: Continuation | None = None
     conditions: Conditions = ()
     broken: bool = False
+    cut_short: bool = False
     replaced: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -298,7 +300,7 @@ class CapturedGraph:
             reuse(done.module)
             _return_tuple(done.module)
             run = self._callable(done.module)
-        variant = Variant(run, done.report, done.facts, id(self), continuation, conditions)
+        variant = Variant(run, done.report, done.facts, id(self), continuation, conditions, cut_short=done.cut_short)
         if self.listener is not None:
             self.listener.added(variant)
         return variant
