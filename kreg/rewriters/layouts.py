@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +29,17 @@ WRITTEN_INTO = frozenset(
 )
 """Copies with other numbers in some places: laid out as what they are copies of."""
 
-KEEPING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO, operator.getitem})
+OF_IMAGES = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.pad.default),
+        *(aten.batch_norm.default, aten.group_norm.default, aten.max_pool2d.default, aten.avg_pool2d.default),
+        *(aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec),
+    }
+)
+"""Operators that give channels last where they get them."""
+
+KEEPING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO, *OF_IMAGES, operator.getitem})
 """Operators whose result is laid out by how their input is."""
 
 
@@ -61,8 +71,8 @@ def _tells(user: Node) -> bool:
     return user.op == "output" or user.target in BY_STRIDES
 
 
-def behind(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Consumers that a value's strides reach: through views, and through what keeps them."""
+def behind(nodes: Iterable[Node], through: Container[Any] | None = KEEPING) -> Iterator[Node]:
+    """Consumers that a value's strides reach: through views, and through what keeps them; all, where that is None."""
     pending, seen = list(nodes), set()
     while pending:
         for user in pending.pop().users:
@@ -70,13 +80,16 @@ def behind(nodes: Iterable[Node]) -> Iterator[Node]:
                 continue
             seen.add(user)
             yield user
-            if user.target in KEEPING:
+            if through is None or user.target in through:
                 pending.append(user)
 
 
 def loosen(ops: Iterable[Node]) -> None:
-    """Views behind an op may have to copy, and copies that were made for their layout alone may not."""
-    for user in list(behind(ops)):
+    """Views behind an op may have to copy, and copies that were made for their layout alone may not.
+
+    Which operators pass a layout on nobody has listed: a view that need not copy loses nothing.
+    """
+    for user in list(behind(ops, through=None)):
         if user.target in STRICT_VIEWS:
             user.target = aten.reshape.default
         elif _is_for_layout(user):

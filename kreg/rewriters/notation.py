@@ -317,7 +317,9 @@ def _flat(function: str, e: Expr) -> tuple[Expr, ...]:
 
 
 def mul(a: Expr, b: Expr) -> Expr:
-    """a * b. A constant is kept first; integers by a constant stay linear."""
+    """a * b. A constant is kept first; integers by a constant stay linear; of conditions it is whether both hold."""
+    if is_boolean(a) and is_boolean(b):
+        return and_(a, b)
     if is_boolean(a):
         a = indicator(a)
     if is_boolean(b):

@@ -120,6 +120,7 @@ class _Terms:
     at: Node
     whole: bool = False  # leave what is added as it is
     some: bool = False  # these are but some of the keys: what they share is no shift of all
+    shared: bool = False  # leave what all keys share where it is added
     values: frozenset[Var] = frozenset()  # what the values are indexed by
     masks: list[MaskTerm] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
@@ -141,7 +142,7 @@ class _Terms:
             if keep != n.TRUE:
                 self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
             return
-        if self.key.variables and not self.key.variables & e.variables:
+        if self._is_shared(e):
             self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
             return
         match e:
@@ -190,13 +191,16 @@ class _Terms:
         together: Expr = n.ZERO
         for part in e.arguments:
             constant = isinstance(part, n.Const) and not self._masks_all(part)
-            shared = bool(self.key.variables) and not self.key.variables & part.variables
             is_mask = not self.whole and keep_of(part) is not None
-            if not constant and (has_product(part) or shared or is_mask):
+            if not constant and (has_product(part) or self._is_shared(part) or is_mask):
                 apart.append(part)
             else:
                 together = n.add(together, part)
         return apart if together == n.ZERO else [*apart, together]
+
+    def _is_shared(self, e: Expr) -> bool:
+        """Whether all keys share a term, which shifts their logits."""
+        return not self.shared and bool(self.key.variables) and not self.key.variables & e.variables
 
     def _masks_all(self, constant: n.Const) -> bool:
         """Whether a number masks all the keys at hand, beside which there are others; a small one masks none.
@@ -246,6 +250,7 @@ def take_apart(
     whole: bool = False,
     some: bool = False,
     values: frozenset[Var] = frozenset(),
+    shared: bool = False,
 ) -> Scores:
     """Takes the logit of key ``at`` apart.
 
@@ -259,11 +264,12 @@ def take_apart(
         whole: read nothing into what is added, so that every term but fills is a bias.
         some: there are other keys beside these.
         values: what the values are indexed by, which tells the keys from other factors of the queries.
+        shared: leave what all keys share where it is added, so that it is part of a bias and no shift.
 
     Raises:
         Refused: the logits are not of the form above.
     """
-    terms = _Terms(lifter, at, result, node, whole, some, values)
+    terms = _Terms(lifter, at, result, node, whole, some, shared, values)
     terms.collect(logits, 1.0, 0)
     conditions = terms.settle()
     if added_to is not None:
@@ -281,7 +287,7 @@ def take_apart(
     core, found = _the_product(terms)
     masks = (*terms.masks, *found.masks)
     if any(not term.value > ABSORBING for term in masks) and not all(map(is_top, terms.shift)):
-        raise Refused("all logits are shifted by an amount that a mask may make infinite or undefined", node)
+        return take_apart(lifter, logits, at, result, node, added_to, whole, some, values, shared=True)
     others = _joined([other for other in terms.cores if other is not core])
     return replace(
         found,

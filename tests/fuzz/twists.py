@@ -441,7 +441,7 @@ def _attended_by_themselves(scene: Scene, scores: Tensor) -> Tensor:
 
 
 def _alias(scene: Scene, out: Tensor) -> Tensor:
-    scene.extra.append(out.view(-1) if out.is_contiguous() else out.transpose(-1, -2))
+    scene.extra.append(out.transpose(-1, -2))
     return out
 
 
