@@ -142,17 +142,21 @@ def _sum(
     found: Attention, biases: Sequence[Bias], want: Sequence[Group], like: Sequence[Extent], full: bool = False
 ) -> Operand:
     """The biases as one tensor; ``full`` where they are those of a stretch of keys."""
-    total: Operand | None = None
+    by_factor: dict[float, Operand] = {}  # added up first, as large ones may overflow together
     for bias in [part for whole in biases for part in _summands(found, whole, some=full)]:
         if bias.stretches:
+            factor = 1.0
             part = _along_keys(found, bias, lambda own, its: _sum(found, own, its, like, full=True), like)
         else:
             expression, factor = _held(found, bias)
             part = _of_bias(found, expression, want, like, full)
-            part = part if factor == 1.0 else part.then(aten.mul.Scalar, factor)
-        total = part if total is None else total.then(aten.add.Tensor, part)
-    assert total is not None
-    return total
+        by_factor[factor] = by_factor[factor].then(aten.add.Tensor, part) if factor in by_factor else part
+    first, *others = [
+        total if factor == 1.0 else total.then(aten.mul.Scalar, factor) for factor, total in by_factor.items()
+    ]
+    for other in others:
+        first = first.then(aten.add.Tensor, other)
+    return first
 
 
 def _of_bias(found: Attention, e: Expr, want: Sequence[Group], like: Sequence[Extent], full: bool) -> Operand:

@@ -130,13 +130,21 @@ def read(keep: Expr, query: Expr, key: Expr, batch: Collection[Expr], square: bo
     documents: list[Expr] = []
     if structure.documents is not None:
         own = n.substitute(structure.documents, {key: n.add(query, n.Const(structure.offset))})  # type: ignore[dict-item]
-        documents = [c for c, at_query in found.documents if at_query != own]
+        all_are_keys = _all_are_keys(query, structure.offset, key)
+        documents = [c for c, at_query in found.documents if at_query != own or not all_are_keys]
     return replace(  # those that agree with the rest are said by the structure, the others are not
         structure,
         chunk=structure.chunk if len(chunks) < len(found.placed) else 0,
         documents=structure.documents if len(documents) < len(found.documents) else None,
         rest=(*rest, *chunks, *documents),
     )
+
+
+def _all_are_keys(query: Expr, offset: int, key: Expr) -> bool:
+    """Whether every query provably stands at the position of a key."""
+    queries = query.size if isinstance(query, n.Var) else 1
+    beyond = n.sub(n.size(key.size), n.add(n.size(queries), n.Const(offset))) if isinstance(key, n.Var) else None
+    return offset >= 0 and beyond is not None and n.never_negative(beyond)
 
 
 @dataclass

@@ -30,7 +30,8 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from kreg.errors import ArtifactError
+from kreg.errors import ArtifactError, CaptureError
+from kreg.rewriters.capture import first_sentences
 from kreg.rewriters.facts import op_nodes, site_id
 from kreg.rewriters.functional import drop_idle_switches, functionalize, trace_gradients
 from kreg.rewriters.graph import FIXED, NOTE, PARAMETER, STORED
@@ -55,13 +56,22 @@ def functional(program: ExportedProgram) -> Functional:
 
     Raises:
         ArtifactError: a newer kreg made the program.
+        CaptureError: it holds what cannot be made functional, such as a batch dimension of ``vmap``.
     """
     check_format(program)
     _unify_sizes(program)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]
-    with torch.enable_grad():
-        module, signature = functionalize(program.graph_module, values)
+    try:
+        with torch.enable_grad():
+            module, signature = functionalize(program.graph_module, values)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the exported graph cannot be made functional: {type(error).__name__}: {first_sentences(error)}. "
+            f"Nothing was changed. Rewrite the model itself: kreg.rewrite(model) needs no graph of the whole"
+        ) from error
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for new, old in zip(inputs, placeholders, strict=True):
         new.name = new.target = old.name

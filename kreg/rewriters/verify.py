@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kreg.registry.op import normal
 from kreg.rewriters import mask_check
-from kreg.rewriters.graph import STORED
+from kreg.rewriters.graph import STORED, aten
 from kreg.rewriters.mask_check.inputs import positions
 from kreg.rewriters.mask_check.nodes import hollow, sources
 from kreg.rewriters.raising import emit
 from kreg.rewriters.report import Verification
-from kreg.rewriters.site import Site
+from kreg.rewriters.site import Operand, Site
 from kreg.rewriters.sizes import Sizes
 
 log = logging.getLogger("kreg")
@@ -143,6 +143,7 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
                 values[part.node] = _noise(shape, dtype, generator, part.levels)
             if not part.follows:
                 values |= dict.fromkeys(part.same, values[part.node])
+        values |= _mostly_kept(operand, values)
         drawn[name] = operand.value(values)
     for node in inner:
         if _is_input(node) and node not in values:
@@ -150,6 +151,20 @@ def _draw(site: Site, inner: list[Node], sizes: Sizes, generator: torch.Generato
             shape, dtype = sizes.shape(node), node.meta["val"].dtype
             values[node] = _noise(shape, dtype, generator) if stored is None else stored.detach().to(CPU, copy=True)
     return values
+
+
+def _mostly_kept(operand: Operand, values: Values) -> Values:
+    """Drawn conditions turned round where the operand is then true in more places: else several leave nothing over."""
+    found: Values = {}
+    for part in operand.parts:
+        value = values[part.node]
+        if value.dtype is not torch.bool or STORED in part.node.meta or part.follows:
+            continue
+        turned = dict.fromkeys((part.node, *part.same), ~value)
+        as_drawn, other = (operand.value(values | found | more) for more in ({}, turned))
+        if as_drawn.dtype is torch.bool and int(other.sum()) > int(as_drawn.sum()):
+            found |= turned
+    return found
 
 
 def _is_input(node: Node) -> bool:
@@ -187,7 +202,7 @@ def _old(site: Site, outputs: list[Node], inner: list[Node], sizes: Sizes) -> Ru
             inputs.append(node)
         elif not _is_number(node):
             copies[node] = graph.node_copy(node, lambda n: _constant(n, sizes) if _is_number(n) else copies[n])
-            copies[node].target = IN_DOUBLE.get(node.target, node.target)
+            copies[node].target = IN_JUDGE.get(node.target, node.target)
             copies[node].args = _widened(copies[node].args)
             copies[node].kwargs = _widened(copies[node].kwargs) | _made_in_double(node)
     graph.output(tuple(copies[node] for node in outputs))
@@ -207,8 +222,8 @@ def _grouped_product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) 
     return torch.cat([*parts, x.new_zeros(x.shape[0] - bounds[-1], weight.shape[2])])
 
 
-IN_DOUBLE: dict[Any, Any] = {torch.ops.aten._grouped_mm.default: _grouped_product}
-"""Operators that PyTorch has for 16 and 32 bits only, and what they are for the judge."""
+IN_JUDGE: dict[Any, Any] = {aten._grouped_mm.default: _grouped_product, aten.view.default: aten.reshape.default}
+"""Operators that PyTorch has for 16 and 32 bits only, or for one order in memory, and what they are for the judge."""
 
 
 def _is_number(node: Node) -> bool:

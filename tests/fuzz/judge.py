@@ -226,8 +226,8 @@ def judge(program: Program, verify: bool = False) -> Verdict:
                 clock=Clock(),
             )
             rewritten = programs.finished(captured, done.module, done.report).module()
-        except CaptureError as error:
-            return Verdict("uncaptured", detail=_one_line(error))
+        except CaptureError as error:  # with a cause it is a failure of kreg's own
+            return Verdict("wrong" if error.__cause__ else "uncaptured", detail=_one_line(error))
         except Exception as error:
             return Verdict("wrong", detail=f"the rewrite failed: {_one_line(error)}")
     raised = tuple(site.op for site in done.report.sites if site.status == "replaced")

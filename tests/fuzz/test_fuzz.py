@@ -159,6 +159,24 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("q: leaked",),
     ),
+    Attention(
+        layout="sd",
+        batch=1,
+        groups=1,
+        masks=(Mask(kind="padding", fill="multiplied", value="min"),) * 2,
+        merged=False,
+        dtype="float64",
+        twists=("logits: divided by the keys",),
+    ),
+    Attention(
+        layout="sd",
+        projection="fused",
+        batch=1,
+        groups=1,
+        masks=(Mask(kind="documents"), Mask()),
+        merged=False,
+        twists=("q: leaked", "keys and values one apart"),
+    ),
 )
 """What long runs came upon."""
 
