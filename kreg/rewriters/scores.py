@@ -6,6 +6,7 @@ a sum; what is negligible beside any ordinary score is a mask, whether it is add
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ import torch
 from torch.fx import Node
 
 from kreg.rewriters import notation as n
+from kreg.rewriters.anchors import is_sdpa, logits_of
+from kreg.rewriters.graph import dtype_of
 from kreg.rewriters.lift import Lifter, is_regular
 from kreg.rewriters.masks import ABSORBING, NEGLIGIBLE, keep_of
 from kreg.rewriters.notation import Expr, Var
@@ -121,6 +124,7 @@ class _Terms:
     whole: bool = False  # leave what is added as it is
     some: bool = False  # these are but some of the keys: what they share is no shift of all
     shared: bool = False  # leave what all keys share where it is added
+    logits: torch.dtype = torch.float32
     values: frozenset[Var] = frozenset()  # what the values are indexed by
     masks: list[MaskTerm] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
@@ -140,7 +144,7 @@ class _Terms:
         keep = keep_of(e if factor == 1.0 else n.mul(n.Const(factor), e))
         if keep is not None:
             if keep != n.TRUE:
-                self.masks.append(MaskTerm(keep, e, _value(e) * factor, added=True, depth=depth))
+                self.masks.append(MaskTerm(keep, e, self._in_range(_value(e) * factor), added=True, depth=depth))
             return
         if self._is_shared(e):
             self.shift.append(e if factor == 1.0 else n.mul(n.Const(factor), e))
@@ -234,9 +238,13 @@ class _Terms:
         self.floor |= floor
         self.floored |= floor and len(self.masks) + len(self.biases) > before
 
+    def _in_range(self, value: float) -> float:
+        """A number as the logits can hold it: the lowest one of a dtype, times two, is -inf."""
+        return value if not abs(value) > torch.finfo(self.logits).max else math.copysign(math.inf, value)
+
     def _fill(self, keep: Expr, x: Expr, value: float, factor: float, depth: int) -> None:
         added = not has_product(x)
-        self.masks.append(MaskTerm(keep, keep, value * factor, added=added, depth=depth))
+        self.masks.append(MaskTerm(keep, keep, self._in_range(value * factor), added=added, depth=depth))
         self.collect(x, factor, depth + 1)
 
 
@@ -269,7 +277,8 @@ def take_apart(
     Raises:
         Refused: the logits are not of the form above.
     """
-    terms = _Terms(lifter, at, result, node, whole, some, shared, values)
+    held = node if is_sdpa(node) else logits_of(node)[0]
+    terms = _Terms(lifter, at, result, node, whole, some, shared, dtype_of(held), values)
     terms.collect(logits, 1.0, 0)
     conditions = terms.settle()
     if added_to is not None:

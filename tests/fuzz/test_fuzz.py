@@ -177,6 +177,12 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("q: leaked", "keys and values one apart"),
     ),
+    Attention(
+        projection="fused",
+        masks=(Mask(value="min"), Mask(value="min", offset=-1)),
+        merged=False,
+        twists=("logits: leaked then mutated",),
+    ),
 )
 """What long runs came upon."""
 
