@@ -32,6 +32,7 @@ KINDS: dict[str, frozenset[str]] = {
     # What depends on data is read from an input; what is proven beside it is not in that input any more.
     "input": frozenset({"input"}),
     "padding": frozenset({"padding"}),
+    "padding+input": frozenset({"padding+input"}),
     "documents": frozenset({"documents"}),
     "causal+padding": frozenset({"causal+padding"}),
     "causal+documents": frozenset({"causal+documents"}),

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from kreg.api import analyse
+from kreg.rewriters import program as programs
 from kreg.rewriters import verify as verification
 from kreg.rewriters.capture import export_model
+from kreg.rewriters.find import find
 from kreg.rewriters.site import Site
+from kreg.rewriters.sizes import Sizes
 
 
 class Block(nn.Module):
@@ -44,3 +47,26 @@ def test_layers_before_a_site_are_no_part_of_its_verification(monkeypatch) -> No
     attentions = [site for site in report.sites if site.op == "attention"]
     assert [site.status for site in attentions] == ["replaced"] * 3, [site.reason for site in attentions]
     assert max(computed) <= 10
+
+
+class Excluding(nn.Module):
+    """Three inputs, each of which says what is not kept."""
+
+    def forward(self, q, k, v, keys, queries, pairs):  # type: ignore[no-untyped-def]
+        scores = q @ k.mT
+        for excluded in (keys[:, None, None], queries[:, None, :, None], pairs[:, None]):
+            scores = scores.masked_fill(excluded, -1e30)
+        return scores.softmax(-1) @ v
+
+
+def test_conditions_are_drawn_so_that_together_they_leave_keys() -> None:
+    q, k, v = torch.randn(3, 2, 2, 16, 8)
+    excluded = [torch.zeros(shape, dtype=torch.bool) for shape in ((2, 16), (2, 16), (2, 16, 16))]
+    graph = programs.functional(export_model(Excluding(), (q, k, v, *excluded), None)).module
+    (site,) = find(graph.graph).sites
+    values = verification._draw(site, [], Sizes(graph.graph, verification._sized(site)), torch.Generator(), {})
+    kept = torch.ones(2, 2, 16, 16, dtype=torch.bool)
+    for name in ("padding", "mask"):
+        value = site.operands[name].value(values)
+        kept &= value[:, None, None] if name == "padding" else value
+    assert 0.3 < kept.float().mean() < 0.7

@@ -17,6 +17,7 @@ from tests.handwritten.case import (
     kept_or_none,
     lengths,
     ones_and_zeros,
+    tokens,
 )
 
 W, H = 16, 2
@@ -282,7 +283,38 @@ def kinds() -> Maker:
 
 X = (hidden(W),)
 BLOCKS = {"sizes": Sizes(2, 12), "resized": Sizes(3, 12)}
+
+
+class ProductOfConditions(nn.Module):
+    """Padded both ways: the mask is a product of booleans."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(W, 3 * W)
+
+    def forward(self, x, kept):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, kept[:, None, :, None] * kept[:, None, None, :])
+
+
+class Excluded(nn.Module):
+    """Three conditions, each of what is not kept: drawn by themselves they would leave next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(W, 3 * W)
+
+    def forward(self, x, at):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        scores, lowest = q @ k.mT, -torch.finfo(x.dtype).max
+        for excluded in (at[:, None] == -1, at[:, None] > at[:, :, None] + 3, at[:, :, None] > at[:, None] + 3):
+            scores = scores.masked_fill(excluded[:, None], lowest)
+        return scores.softmax(-1) @ v
+
+
 CASES = (
+    Case("a product of conditions", ProductOfConditions, (hidden(W), kept()), mask="padding+input"),
+    Case("three exclusions", Excluded, (hidden(W), tokens()), mask="padding+input"),
     Case("lengths", FromLengths, (hidden(W), lengths()), mask="padding"),
     Case("lengths, causal", FromLengthsCausal, (hidden(W), lengths()), mask="causal+padding"),
     Case("floored", Floored, (hidden(W), hidden_rows()), sites=0, reason="may have no keys"),

@@ -181,7 +181,28 @@ class Kernelised(nn.Module):
 
 X = (hidden(W),)
 MASKED = (hidden(W), ones_and_zeros())
+
+
+class Forgetting(nn.Module):
+    """The bias is how much was forgotten between a key and a query: a difference of running sums of gates."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+        self.q, self.k, self.v = (nn.Linear(W, W) for _ in range(3))
+        self.gates = nn.Linear(W, H)
+
+    def forward(self, x):
+        forgotten = F.logsigmoid(self.gates(x).transpose(1, 2)).cumsum(-1)
+        scores = split(x, self.q) @ split(x, self.k).mT * 0.25
+        scores = scores + (forgotten[:, :, :, None] - forgotten[:, :, None, :])
+        late = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return scores.masked_fill(late, self.fill).softmax(-1) @ split(x, self.v)
+
+
 CASES = (
+    Case("forgetting, -inf", lambda: Forgetting(-math.inf), X, mask="causal+bias"),
+    Case("forgetting, lowest", lambda: Forgetting(torch.finfo(torch.float32).min), X, mask="causal+bias"),
     Case("buckets, both ways", lambda: Buckets(causal=False), X, mask="bias", attributes={"scale": 1.0}),
     Case("buckets, causal", lambda: Buckets(causal=True), X, mask="causal+bias"),
     Case("shift, causal", lambda: ShiftedByPadding(False), X, mask="causal+bias"),
