@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from kreg.rewriters.graph import aten, is_tensor, sized
-from kreg.rewriters.lift_ops import LAYOUT, POINTWISE
+from kreg.rewriters.lift_ops import CONTRACTIONS
 from kreg.rewriters.site import Calls
 
 STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
@@ -19,28 +18,10 @@ BY_STRIDES = frozenset(
 )
 """Operators whose result depends on how their input is laid out; random numbers are drawn in the order of memory."""
 
-WRITTEN_INTO = frozenset(
-    {
-        *(aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default),
-        *(aten.index_put.default, aten.index_add.default, aten.index_copy.default, aten.masked_scatter.default),
-        *(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.scatter.src, aten.scatter.value),
-        *(aten.scatter_add.default, aten.copy.default),
-    }
+PRODUCTS = frozenset(
+    {*CONTRACTIONS, aten.baddbmm.default, aten.linear.default, aten.addmm.default, aten._grouped_mm.default}
 )
-"""Copies with other numbers in some places: laid out as what they are copies of."""
-
-OF_IMAGES = frozenset(
-    {
-        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
-        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.pad.default),
-        *(aten.batch_norm.default, aten.group_norm.default, aten.max_pool2d.default, aten.avg_pool2d.default),
-        *(aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec),
-    }
-)
-"""Operators that give channels last where they get them."""
-
-KEEPING = frozenset({*LAYOUT, *POINTWISE, *WRITTEN_INTO, *OF_IMAGES, operator.getitem})
-"""Operators whose result is laid out by how their input is."""
+"""Operators whose result is laid out in one way, however their inputs are; of any other it may depend on them."""
 
 
 def restored(old: Node, new: Any) -> Calls:
@@ -71,8 +52,8 @@ def _tells(user: Node) -> bool:
     return user.op == "output" or user.target in BY_STRIDES
 
 
-def behind(nodes: Iterable[Node], through: Container[Any] | None = KEEPING) -> Iterator[Node]:
-    """Consumers that a value's strides reach: through views, and through what keeps them; all, where that is None."""
+def behind(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Consumers that a value's strides reach."""
     pending, seen = list(nodes), set()
     while pending:
         for user in pending.pop().users:
@@ -80,16 +61,13 @@ def behind(nodes: Iterable[Node], through: Container[Any] | None = KEEPING) -> I
                 continue
             seen.add(user)
             yield user
-            if through is None or user.target in through:
+            if user.target not in PRODUCTS:
                 pending.append(user)
 
 
 def loosen(ops: Iterable[Node]) -> None:
-    """Views behind an op may have to copy, and copies that were made for their layout alone may not.
-
-    Which operators pass a layout on nobody has listed: a view that need not copy loses nothing.
-    """
-    for user in list(behind(ops, through=None)):
+    """Views behind an op may have to copy, and copies that were made for their layout alone may not."""
+    for user in list(behind(ops)):
         if user.target in STRICT_VIEWS:
             user.target = aten.reshape.default
         elif _is_for_layout(user):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import subprocess
 import sys
 import time
 
@@ -23,6 +24,7 @@ def arguments() -> argparse.Namespace:
     """What was asked on the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--examples", type=int, default=10_000, help="programs to draw")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the programs, each with its seed")
     parser.add_argument("--seed", type=int, default=None, help="of the draw; printed, so that a run can be repeated")
     parser.add_argument("--every", type=int, default=500, help="programs between two lines of progress")
     parser.add_argument("--raised", action="store_true", help="also stop at a plain form that is not rewritten")
@@ -64,10 +66,21 @@ def run(examples: int, seed: int, every: int, raised: bool, tally: Tally) -> Non
     one()
 
 
+def shared(asked: argparse.Namespace, seed: int) -> int:
+    """The programs in several processes; 1 if any of them found one that is wrong."""
+    share = ["--examples", str(-(-asked.examples // asked.workers)), "--every", str(asked.every)]
+    share += ["--raised"] if asked.raised else []
+    command = [sys.executable, "-m", "tests.fuzz", *share, "--seed"]
+    running = [subprocess.Popen([*command, str(seed + i)]) for i in range(asked.workers)]
+    return max(worker.wait() for worker in running)
+
+
 def main() -> int:
     """Runs, prints the table, and says what is wrong, if anything is."""
     asked = arguments()
     seed = random.randrange(2**32) if asked.seed is None else asked.seed
+    if asked.workers > 1:
+        return shared(asked, seed)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     print(f"seed {seed}", flush=True)

@@ -183,6 +183,7 @@ FOUND: tuple[Program, ...] = (
         merged=False,
         twists=("logits: leaked then mutated",),
     ),
+    Attention(merged=False, twists=("out: without nan", "out: dropped out")),
 )
 """What long runs came upon."""
 
