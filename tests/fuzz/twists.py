@@ -624,9 +624,12 @@ GROWTH = {"squared", "scaled by data", "scaled by its row", "scaled by an item",
 
 
 def growth_of(program: Program) -> int:
-    """How many factors as large as the inputs the twists put before the softmax."""
+    """How many factors as large as the inputs the twists put before the softmax, or into the values.
+
+    With a single key the gradient of a score is a difference of equal numbers, which are as large as the values.
+    """
     before = [tuple(name.split(": ")) for name in program.twists]
-    once = sum(twist[0] in ("q", "k", "scores", "logits") and twist[-1] in GROWTH for twist in before)
+    once = sum(twist[0] in ("q", "k", "v", "scores", "logits") and twist[-1] in GROWTH for twist in before)
     return once + sum(twist in {("scores", "squared"), ("logits", "squared")} for twist in before)
 
 
