@@ -61,12 +61,40 @@ def raise_sites(module: GraphModule, sites: Sequence[Site]) -> Raised:
         for output, result in zip(site.outputs, results, strict=True):
             copies[output.node] = result
     loosen(ops.values())
+    raised = [site for site in sites if site.id in ops]
     graph.eliminate_dead_code()
+    _keep_gradients(graph, raised, copies)
     new = GraphModule(module, graph)
     new.meta = dict(module.meta)
     graph.lint()
-    raised = [site for site in sites if site.id in ops]
     return Raised(new, ops, _removed(raised, copies, set(graph.nodes)), refused)
+
+
+def _keep_gradients(graph: Graph, sites: Sequence[Site], copies: Mapping[Node, Node]) -> None:
+    """What shifts all logits alike has a gradient of zero, which is another thing than none to who trains it.
+
+    It is added to the result, times zero: an optimizer, and who waits for each parameter's gradient, get one.
+    """
+    lost = {
+        node
+        for node, copy in copies.items()
+        if node.op == "placeholder" and node.meta.get("trains", False) and node.users and not copy.users
+    }
+    for site in sites if lost else ():
+        result = site.outputs[0].node
+        new, used = copies[result], lost.intersection(upstream([result], set()))
+        lost -= used
+        for node in sorted(used):
+            with graph.inserting_after(new):
+                total = graph.call_function(aten.add.Tensor, (new, new))
+            with graph.inserting_before(total):
+                zero = graph.call_function(aten.mul.Scalar, (copies[node], 0))
+                summed = graph.call_function(aten.sum.default, (zero,))
+            new.replace_all_uses_with(total)
+            total.args = (new, summed)
+            for added in (zero, summed, total):
+                added.meta = {"val": infer(added), "trains": True}
+            new = total
 
 
 def _removed(sites: Sequence[Site], copies: Mapping[Node, Node], alive: set[Node]) -> dict[str, tuple[Node, ...]]:

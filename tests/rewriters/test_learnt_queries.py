@@ -114,3 +114,24 @@ def test_other_layers_before_a_softmax_are_left_with_a_reason(model: nn.Module, 
     assert not report.sites
     (miss,) = report.near_misses
     assert reason in miss.reason
+
+
+@pytest.mark.parametrize("how", ["exported", "live"])
+def test_a_bias_that_shifts_all_logits_has_a_gradient_of_zero(how: str) -> None:
+    """DistributedDataParallel waits for the gradient of each parameter."""
+    torch.manual_seed(0)
+    model, x = Pooled(lambda: nn.Linear(CHANNELS, 1)), torch.randn(2, TOKENS, CHANNELS)
+    want = model(x)
+    if how == "live":
+        found = kreg.rewrite(model, example_inputs=(x,))
+        report = kreg.report(model)
+    else:
+        program = kreg.export(model, (x,))
+        found, report = program.module(), kreg.program_report(program)
+    assert report is not None and [site.status for site in report.sites] == ["replaced"]
+    out = found(x)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    grads = {name.rpartition(".")[2]: parameter.grad for name, parameter in found.named_parameters()}
+    assert grads["bias"] is not None and grads["bias"].tolist() == [0.0]
+    assert grads["weight"] is not None and grads["weight"].abs().max() > 0
