@@ -184,6 +184,12 @@ FOUND: tuple[Program, ...] = (
         twists=("logits: leaked then mutated",),
     ),
     Attention(merged=False, twists=("out: without nan", "out: dropped out")),
+    Attention(
+        product="reversed",
+        masks=(Mask(kind="documents", fill="in place"),),
+        merged=False,
+        twists=("logits: dropped out",),
+    ),
 )
 """What long runs came upon."""
 
