@@ -179,3 +179,13 @@ def test_what_a_model_keeps_of_its_buffers_can_be_differentiated_after_a_capture
     kreg.rewrite(model, example_inputs=(x,))
     model(x).sum().backward()
     assert all(layer.table.grad is not None for layer in model)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_rewritten() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(*(Remembering() for _ in range(2)))
+        x = torch.randn(2, 5, W)
+        want = copy.deepcopy(model)(x)
+        kreg.rewrite(model, example_inputs=(x,))
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert kreg.report(model).calls.rewritten == 1

@@ -322,7 +322,7 @@ def _mark_static(inputs: Any, varying: set[int], grid: bool) -> None:
 @contextlib.contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Capturing runs the model once: buffers and random number generators are put back."""
-    buffers = {name: (b._version, b.detach().clone()) for name, b in model.named_buffers()}
+    buffers = {name: (_version(b), b.detach().clone()) for name, b in model.named_buffers()}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=cuda):
@@ -332,9 +332,14 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 version, value = buffers.get(name, (0, buffer))
                 # What the model keeps may have been computed from a buffer: one that nothing wrote into is left alone.
-                if buffer._version != version and value.shape == buffer.shape:
+                if _version(buffer) != version and value.shape == buffer.shape:
                     buffer.copy_(value)
         _reshard(model)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written into; one of inference mode does not count, and cannot be put back either."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _reshard(model: nn.Module) -> None:
