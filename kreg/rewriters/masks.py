@@ -99,7 +99,7 @@ def leaves_keys(s: Structure, queries: n.Sized, keys: n.Sized) -> bool:
     if s.prefix > 0:
         return s.documents is None
     own_is_first = s.offset >= 0
-    own_is_a_key = n.never_negative(n.sub(n.size(keys), n.add(n.size(queries), n.Const(s.offset))))
+    own_is_a_key = _end_within(queries, s.offset, keys)
     if s.chunk or s.documents:
         return own_is_first and own_is_a_key
     if not s.causal and not s.window:
@@ -143,8 +143,12 @@ def read(keep: Expr, query: Expr, key: Expr, batch: Collection[Expr], square: bo
 def _all_are_keys(query: Expr, offset: int, key: Expr) -> bool:
     """Whether every query provably stands at the position of a key."""
     queries = query.size if isinstance(query, n.Var) else 1
-    beyond = n.sub(n.size(key.size), n.add(n.size(queries), n.Const(offset))) if isinstance(key, n.Var) else None
-    return offset >= 0 and beyond is not None and n.never_negative(beyond)
+    return offset >= 0 and isinstance(key, n.Var) and _end_within(queries, offset, key.size)
+
+
+def _end_within(queries: n.Sized, offset: int, keys: n.Sized) -> bool:
+    """Whether the last query provably stands before the end of the keys."""
+    return n.never_negative(n.sub(n.size(keys), n.add(n.size(queries), n.Const(offset))))
 
 
 @dataclass

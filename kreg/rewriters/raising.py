@@ -85,13 +85,13 @@ def _keep_gradients(graph: Graph, sites: Sequence[Site], copies: Mapping[Node, N
         new, used = copies[result], lost.intersection(upstream([result], set()))
         lost -= used
         for node in sorted(used):
-            with graph.inserting_after(new):
-                total = graph.call_function(aten.add.Tensor, (new, new))
-            with graph.inserting_before(total):
+            readers = list(new.users)
+            with graph.inserting_before(new.next):
                 zero = graph.call_function(aten.mul.Scalar, (copies[node], 0))
                 summed = graph.call_function(aten.sum.default, (zero,))
-            new.replace_all_uses_with(total)
-            total.args = (new, summed)
+                total = graph.call_function(aten.add.Tensor, (new, summed))
+            for reader in readers:
+                reader.replace_input_with(new, total)
             for added in (zero, summed, total):
                 added.meta = {"val": infer(added), "trains": True}
             new = total
